@@ -1,0 +1,210 @@
+"""The pipeline with stages that write a line instead of training: freshness, failure, SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from toolchain import artifact, pipeline
+from toolchain.artifact import EdgestillError
+from toolchain.pipeline import Pipeline, Stage, StageError, measure, plan
+
+STAGE = """
+import os, sys, time
+from toolchain.artifact import EdgestillError, create
+from toolchain.stage import main
+
+def run(job):
+    with open(os.environ["TRACE"], "a") as trace:
+        trace.write(job.stage + "\\n")
+    if job.config.get("fail"):
+        raise EdgestillError(job.config["fail"])
+    if job.config.get("crash"):
+        raise ZeroDivisionError("a bug")
+    with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
+        for part in range(4):
+            text = "".join((folder / "text0").read_text() for folder in job.inputs.values())
+            (draft.path / f"text{part}").write_text(text + job.stage + str(job.config.get("value", "")))
+            time.sleep(job.config.get("seconds", 0) / 4)
+
+main(run)
+"""
+DRIVER = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_pipeline import chain
+chain(Path(sys.argv[1]), seconds=0.08).run("d")
+"""
+
+
+@pytest.fixture(autouse=True)
+def stage_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "written_stage.py").write_text(STAGE)
+    search = f"{tmp_path / 'modules'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    monkeypatch.setenv("PYTHONPATH", search)
+    monkeypatch.setenv("TRACE", str(tmp_path / "trace"))
+    return tmp_path
+
+
+def chain(root: Path, seconds: float = 0.0, **settings: Any) -> Pipeline:
+    """a -> b -> c (optional), a + b -> d; ``b={"fail": ...}`` sets a stage's config."""
+
+    def stage(name: str, *inputs: str, optional: bool = False) -> Stage:
+        config = {"seconds": seconds} | settings.get(name, {})
+        return Stage(name, "written_stage", config, {i: i for i in inputs}, optional)
+
+    stages = [stage("a"), stage("b", "a"), stage("c", "b", optional=True), stage("d", "a", "b")]
+    cfg: Any = SimpleNamespace(model_dump=lambda mode: {})
+    return Pipeline(cfg, root, stages)
+
+
+def trace(tmp_path: Path) -> list[str]:
+    return (tmp_path / "trace").read_text().split()
+
+
+def test_a_second_run_reuses_everything(tmp_path: Path) -> None:
+    assert chain(tmp_path / "run").run("d").made == ["a", "b", "c", "d"]
+    assert chain(tmp_path / "run").run("d").reused == ["a", "b", "c", "d"]
+    assert trace(tmp_path) == ["a", "b", "c", "d"]
+    assert not (tmp_path / "run" / ".work").exists()
+
+
+def test_only_what_depends_on_a_change_is_made_again(tmp_path: Path) -> None:
+    chain(tmp_path / "run").run("d")
+    outcome = chain(tmp_path / "run", c={"value": 2}).run("d")
+    assert (outcome.made, outcome.reused) == (["c"], ["a", "b", "d"])
+    outcome = chain(tmp_path / "run", b={"value": 2}, c={"value": 2}).run("d")
+    assert (outcome.made, outcome.reused) == (["b", "c", "d"], ["a"])
+
+
+def test_a_damaged_artifact_stops_the_run(tmp_path: Path) -> None:
+    chain(tmp_path / "run").run("d")
+    (tmp_path / "run" / "b" / "text0").write_text("aX")
+    with pytest.raises(artifact.ArtifactError, match="damaged"):
+        chain(tmp_path / "run").run("d")
+
+
+def test_an_optional_stage_may_fail_and_says_why(tmp_path: Path) -> None:
+    outcome = chain(tmp_path / "run", c={"fail": "no builder here"}).run("d")
+    assert outcome.failed == {"c": "no builder here"}
+    assert outcome.made == ["a", "b", "d"]
+
+
+def test_a_failed_stage_ends_the_run_with_its_own_message(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match="disc is full"):
+        chain(tmp_path / "run", b={"fail": "disc is full"}).run("d")
+    assert artifact.is_whole(tmp_path / "run" / "a")
+    assert chain(tmp_path / "run").run("d").reused == ["a"]
+
+
+def test_a_bug_in_a_stage_leaves_its_traceback_in_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StageError, match=r"ZeroDivisionError: a bug .*traceback is in"):
+        chain(tmp_path / "run", b={"crash": True}).run("d")
+    assert "Traceback" not in capfd.readouterr().err
+    assert "ZeroDivisionError" in (tmp_path / "run" / ".work" / "b.traceback.txt").read_text()
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pipeline.lock(tmp_path / "run"), pytest.raises(EdgestillError, match=f"process {os.getpid()} is running here"):
+        with pipeline.lock(tmp_path / "run", patience_s=0.2):
+            pass
+
+
+def test_missing_packages_are_told_for_the_whole_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None)
+    stages = [Stage("x", "export.precision", {}), Stage("y", "benchmarks.report", {})]
+    faults = pipeline.missing_packages(stages)
+    assert [fault.split()[0] for fault in faults] == ["onnx", "onnxruntime", "jinja2", "matplotlib"]
+    assert all("pip install 'edgestill[" in fault for fault in faults)
+
+
+def test_sigkill_at_twenty_points(tmp_path: Path) -> None:
+    """Killed anywhere, the next run goes on: no finished stage is repeated, and the result is the same."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER.format(tests=str(Path(__file__).parent)))
+    chain(tmp_path / "whole", seconds=0.08).run("d")
+    expected = {name: artifact.read(tmp_path / "whole" / name).id for name in "abcd"}
+    (tmp_path / "trace").unlink()
+
+    generator = random.Random(3)
+    kills = 0
+    while kills < 20:
+        root = tmp_path / f"run{kills}"
+        finished: set[str] = set()
+        while True:
+            process = subprocess.Popen([sys.executable, str(driver), str(root)], start_new_session=True)
+            try:
+                process.wait(timeout=generator.uniform(0.3, 1.2))
+            except subprocess.TimeoutExpired:
+                kills += 1
+            os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+            process.wait()
+            time.sleep(0.02)
+            lines = trace(tmp_path) if (tmp_path / "trace").exists() else []
+            assert not finished & set(lines), "a finished stage was run again"
+            (tmp_path / "trace").write_text("")
+            finished = {name for name in "abcd" if artifact.is_whole(root / name)}
+            if process.returncode == 0:
+                break
+            assert process.returncode == -signal.SIGKILL
+        assert {name: artifact.verify(root / name).id for name in "abcd"} == expected
+        assert sorted(p.name for p in root.iterdir()) == [".lock", "a", "b", "c", "config.json", "d"]
+
+
+def test_a_stage_dies_with_its_pipeline(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_pipeline import chain\n"
+        "chain(Path(sys.argv[1]), seconds=60).run('d')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")])
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "trace").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    time.sleep(0.2)
+    started = subprocess.run(["pgrep", "-f", str(tmp_path / "run")], capture_output=True, check=False)
+    assert started.stdout == b""
+
+
+def test_sigterm_says_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), pipeline.resumable(["edgestill", "run", "my config.yaml"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert "edgestill run 'my config.yaml'" in capfd.readouterr().err
+
+
+def test_the_plan_of_the_digits_config() -> None:
+    from toolchain.config import load
+
+    path = Path(__file__).parents[2] / "configs" / "digits.yaml"
+    stages = plan(load(path))
+    assert [stage.name for stage in stages] == [
+        *("data", "features", "teacher", "student", "onnx-teacher", "onnx"),
+        *("onnx-fp16", "onnx-int8-cpu", "onnx-int8-trt", "engine-sm_86-fp16", "engine-sm_86-int8-trt"),
+    ]
+    bench, report = measure(load(path), stages, {"engine-sm_86-fp16": "no builder"})
+    assert "engine-sm_86-fp16" not in bench.inputs
+    assert bench.config["failed"] == {"engine-sm_86-fp16": "no builder"}
+    assert {"teacher", "features", "bench"} <= set(report.inputs)
+    json.dumps([stage.config for stage in stages])
+    assert [stage.name for stage in plan(load(path, ["teacher=null", "method=plain"]))][:3] == [
+        "data",
+        "student",
+        "onnx",
+    ]

@@ -1,0 +1,165 @@
+"""Public data from its public homes: checksum-verified, resumable. Standard library only."""
+
+from __future__ import annotations
+
+import http.client
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolchain.artifact import EdgestillError
+from toolchain.artifact import sha256 as digest_of
+
+_BLOCK = 1 << 18
+_AGENT = {"User-Agent": "edgestill"}
+
+
+class DownloadError(EdgestillError):
+    """A file could not be had from its home."""
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A public file: where it is, what it must hash to, how long it is."""
+
+    url: str
+    sha256: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        return self.url.rpartition("/")[2]
+
+
+def _idx(home: str, files: tuple[tuple[str, int, str], ...]) -> tuple[Remote, ...]:
+    return tuple(Remote(f"{home}/{name}-ubyte.gz", sha256, size) for name, size, sha256 in files)
+
+
+PUBLIC: dict[str, tuple[Remote, ...]] = {
+    "mnist": _idx(
+        "https://ossci-datasets.s3.amazonaws.com/mnist",
+        (
+            ("train-images-idx3", 9912422, "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"),
+            ("train-labels-idx1", 28881, "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c"),
+            ("t10k-images-idx3", 1648877, "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"),
+            ("t10k-labels-idx1", 4542, "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6"),
+        ),
+    ),
+    "fashion_mnist": _idx(
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+        (
+            ("train-images-idx3", 26421880, "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
+            ("train-labels-idx1", 29515, "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
+            ("t10k-images-idx3", 4422102, "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
+            ("t10k-labels-idx1", 5148, "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
+        ),
+    ),
+    "cifar10": (
+        Remote(
+            "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            170052171,
+        ),
+    ),
+}
+
+
+class _Retry(Exception):
+    """This attempt failed in a way that another may not."""
+
+
+def fetch(
+    url: str,
+    target: Path,
+    sha256: str,
+    size: int | None = None,
+    *,
+    opener: Callable[..., Any] = urllib.request.urlopen,
+    attempts: int = 5,
+    backoff_s: float = 1.0,
+    timeout_s: float = 30.0,
+) -> Path:
+    """Download ``url`` to ``target`` and return it; nothing is at ``target`` unless its sha256 is right.
+
+    What has arrived is kept in ``<target>.part`` and resumed, by this call and by later ones. ``opener`` is
+    ``urllib.request.urlopen`` or the ``open`` of an ``OpenerDirector``. Raises DownloadError.
+    """
+    part = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for attempt in range(1, attempts + 1):
+            resumed = part.exists() and part.stat().st_size > 0
+            try:
+                _receive(url, part, size, opener, timeout_s)
+            except _Retry as error:
+                if attempt == attempts:
+                    raise DownloadError(
+                        f"{url}: {error}, {attempts} times; check the network and run again: "
+                        f"it goes on where it stopped. Or put the file at {target} yourself"
+                    ) from error
+                time.sleep(backoff_s * 2 ** (attempt - 1))
+                continue
+            found = digest_of(part)
+            if found == sha256:
+                part.replace(target)
+                return target
+            part.unlink()
+            if not resumed or attempt == attempts:
+                raise DownloadError(
+                    f"{url}: expected sha256 {sha256[:12]}, found {found[:12]}: the server's file is another one or was "
+                    f"changed on the way; it was removed. Put the right file at {target} yourself"
+                )
+    except OSError as error:
+        raise DownloadError(f"{target}: cannot be written ({error.strerror or error}); choose another data.path") from error
+    raise AssertionError("unreachable")
+
+
+def _receive(url: str, part: Path, size: int | None, opener: Callable[..., Any], timeout_s: float) -> None:
+    """Bring ``part`` to its full length, or raise _Retry or DownloadError."""
+    start = part.stat().st_size if part.exists() else 0
+    if size is not None and start > size:
+        part.unlink()
+        start = 0
+    if start and start == size:
+        return
+    request = urllib.request.Request(url, headers=_AGENT | ({"Range": f"bytes={start}-"} if start else {}))
+    try:
+        with opener(request, timeout=timeout_s) as response:
+            if response.status != 206:
+                start = 0
+            elif not str(response.headers.get("Content-Range", "")).startswith(f"bytes {start}-"):
+                part.unlink()
+                raise _Retry(f"the server answered with the range {response.headers.get('Content-Range')}")
+            length = response.headers.get("Content-Length")
+            total = start + int(length) if length is not None else size
+            _copy(response, part, start, total, url.rpartition("/")[2])
+    except urllib.error.HTTPError as error:
+        if error.code == 416:
+            part.unlink(missing_ok=True)
+        elif error.code != 429 and error.code < 500:
+            raise DownloadError(
+                f"{url}: the server says {error.code} {error.reason}; the file has moved: get it elsewhere and put it "
+                f"at {part.with_name(part.name.removesuffix('.part'))}"
+            ) from error
+        raise _Retry(f"the server says {error.code} {error.reason}") from error
+    except (urllib.error.URLError, http.client.HTTPException, ssl.SSLError, ConnectionError, TimeoutError) as error:
+        raise _Retry(f"no answer ({getattr(error, 'reason', None) or error or type(error).__name__})") from error
+    received = part.stat().st_size
+    if received < (size or total or 0):
+        raise _Retry(f"expected {size or total} bytes, {received} arrived")
+
+
+def _copy(response: Any, part: Path, start: int, total: int | None, name: str) -> None:
+    from toolchain.stage import progress
+
+    with part.open("ab" if start else "wb") as file, progress(f"downloading {name} (KiB)", (total or 0) // 1024) as bar:
+        bar.advance(start // 1024)
+        while block := response.read(_BLOCK):
+            file.write(block)
+            bar.advance(len(block) // 1024)
+

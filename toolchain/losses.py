@@ -1,0 +1,81 @@
+"""Losses of the methods, as pure functions.
+
+Logits are (B, C, ...): classes in dimension 1, any number of positions behind it. Labels are int64 (B, ...).
+Everything is computed in float32, also under autocast.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+
+
+def valid(label: Tensor, ignore_index: int | None) -> Tensor:
+    """True where ``label`` counts."""
+    return torch.ones_like(label, dtype=torch.bool) if ignore_index is None else label != ignore_index
+
+
+def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of ``values`` (B, ...) where ``mask`` is true; 0 when it is true nowhere."""
+    if mask is None:
+        return values.mean()
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:
+    """-log softmax(logits)[label], averaged over the positions that count; 0 when none does."""
+    index = IGNORE if ignore_index is None else ignore_index
+    if ignore_index is None:
+        return F.cross_entropy(logits.float(), label)
+    total = F.cross_entropy(logits.float(), label, ignore_index=index, reduction="sum")
+    return total / (label != index).sum().clamp(min=1)
+
+
+def accuracy(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:
+    """Share of the positions that count whose largest logit is the label's, in percent."""
+    return 100 * _mean((logits.detach().argmax(1) == label).float(), valid(label, ignore_index))
+
+
+def kl(p_logits: Tensor, q_logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """KL(softmax p || softmax q) = sum_c p_c (log p_c - log q_c), averaged over the positions where ``mask`` (B, ...)."""
+    log_p, log_q = F.log_softmax(p_logits.float(), 1), F.log_softmax(q_logits.float(), 1)
+    return _mean((log_p.exp() * (log_p - log_q)).sum(1), mask)
+
+
+def hinton_kd(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)). Hinton, Vinyals, Dean, arXiv 1503.02531, section 2."""
+    return temperature**2 * kl(teacher.float() / temperature, student.float() / temperature, mask)
+
+
+def fitnet(projected: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of projected student features and teacher features, both (B, L, C).
+
+    Romero et al., FitNets, arXiv 1412.6550, equation 3 (there half the sum).
+    """
+    return F.mse_loss(projected.float(), teacher.float())
+
+
+def vkd(projected: Tensor, teacher: Tensor) -> Tensor:
+    """Smooth-L1 of projected student features and layer-normalised (no affine) teacher features, both (B, C).
+
+    Miles, Elezi, Deng, VkD, arXiv 2403.06213.
+    """
+    return F.smooth_l1_loss(projected.float(), F.layer_norm(teacher.float(), teacher.shape[-1:]))
+
+
+def inverted_projection(student: Tensor, projected: Tensor) -> Tensor:
+    """Mean squared difference of student features and projected teacher features, both (..., d) and layer-normalised.
+
+    Auty, Miles, Kolbeinsson, Mikolajczyk, arXiv 2403.14494; without the normalisation both sides may shrink to zero.
+    """
+    shape = student.shape[-1:]
+    return F.mse_loss(F.layer_norm(student.float(), shape), F.layer_norm(projected.float(), shape))
+
+
+def usage_perplexity(assignment: Tensor) -> Tensor:
+    """exp(entropy(mean assignment)) of (..., K) distributions: K when all K are used alike, 1 when only one is."""
+    mean = assignment.detach().float().flatten(0, -2).mean(0)
+    return torch.special.entr(mean).sum().exp()

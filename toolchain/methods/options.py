@@ -1,0 +1,120 @@
+"""The config of each built-in method. Imports pydantic only, so that a config is checked before torch is loaded.
+
+A method of your own declares a pydantic model ``Options`` with a ``name`` field in its module.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from toolchain.section import Section
+
+Weight = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Plain(Section):
+    """Supervised training without a teacher."""
+
+    name: Literal["plain"]
+
+
+class FitNet(Section):
+    """Hints: the student's features regress the teacher's through a linear projector."""
+
+    name: Literal["fitnet"]
+    weight: Weight = 20.0
+
+
+class VkD(Section):
+    """Smooth-L1 of projected mean-pooled student features to layer-normalised teacher features."""
+
+    name: Literal["vkd"]
+    weight: Weight = 20.0
+    projector: Literal["orthogonal", "linear"] = "orthogonal"
+
+
+class InvertedProjection(Section):
+    """The learnable projector sits on the teacher's side."""
+
+    name: Literal["inverted_projection"]
+    weight: Weight = 20.0
+
+
+class Hinton(Section):
+    """KL to the softened predictions of a linear probe of the teacher, trained on the student's task."""
+
+    name: Literal["hinton"]
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    alpha: Fraction = 0.9
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "evidence": {
+        "w_T": 0.0,
+        "w_A": 0.0,
+        "w_KL": 10.0,
+        "kl_dir": "student_teacher",
+        "stop_grad": False,
+        "kl_warmup": 0.0,
+    },
+    "default": {"w_T": 1.0, "w_A": 1.0, "w_KL": 10.0, "kl_dir": "teacher_student", "stop_grad": True, "kl_warmup": 0.2},
+}
+
+
+class ProCKD(Section):
+    """Prototype-guided cross-task distillation; keys as in the paper's notation, see ``methods/prockd.py``.
+
+    ``preset`` fills the loss weights; a key given beside it wins.
+    """
+
+    name: Literal["prockd"]
+    preset: Literal["evidence", "default"] = "default"
+    K: Positive = 24
+    d: Positive | None = None
+    proto_init: Literal["uniform", "kmeans", "unit_normal"] = "uniform"
+    proto_reduce: Positive | None = None
+    w_T: Weight = 1.0
+    w_A: Weight = 1.0
+    w_KL: Weight = 10.0
+    w_KA: Weight = 0.0
+    kl_dir: Literal["student_teacher", "teacher_student"] = "teacher_student"
+    stop_grad: bool = True
+    kl_warmup: Fraction = 0.2
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    prototype_learning: bool = True
+    feature_augmentation: bool = True
+    train_prototypes: bool = True
+    infer: Literal["plain", "aug"] = "plain"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            preset = value.get("preset", "default")
+            return (PRESETS.get(preset, {}) if isinstance(preset, str) else {}) | value
+        return value
+
+    @model_validator(mode="after")
+    def _sound(self) -> ProCKD:
+        if self.w_T == 0 and self.stop_grad and self.w_KL > 0:
+            raise ValueError(
+                "w_T=0 with stop_grad and w_KL>0 makes an untrained branch the target, and the student collapses"
+            )
+        if self.infer == "aug" and not self.feature_augmentation:
+            raise ValueError("infer=aug needs feature_augmentation")
+        return self
+
+
+OPTIONS: dict[str, type[Section]] = {
+    "plain": Plain,
+    "fitnet": FitNet,
+    "vkd": VkD,
+    "inverted_projection": InvertedProjection,
+    "hinton": Hinton,
+    "prockd": ProCKD,
+}
+NEEDS_TEACHER = frozenset(OPTIONS) - {"plain"}

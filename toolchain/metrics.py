@@ -1,0 +1,93 @@
+"""One scorer for teacher, student, ONNX and engine. Shares of 100 are percent; agreement is in [0, 1]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolchain.artifact import EdgestillError
+
+Array = NDArray[Any]
+
+
+class MetricError(EdgestillError):
+    """What is to be scored does not fit the truth."""
+
+
+def accuracy(predicted: Array, truth: Array) -> float:
+    """Percent of ``predicted`` (N,) equal to ``truth`` (N,)."""
+    _same_shape(predicted, truth)
+    return 100.0 * float(np.mean(predicted == truth))
+
+
+def top_k(probabilities: Array, truth: Array, k: int) -> float:
+    """Percent of samples whose true class is among the ``k`` likeliest.
+
+    ``probabilities`` (N, classes) may be logits; of equal values the lower class comes first.
+    """
+    if probabilities.ndim != 2 or len(probabilities) != len(truth) or not len(truth):
+        raise MetricError(
+            f"expected probabilities (N, classes) for N = {len(truth)} > 0 labels, found {probabilities.shape}; "
+            "score the outputs of the split they were made from"
+        )
+    if np.isnan(probabilities).any():
+        raise MetricError("expected numbers, found NaN among the probabilities; the model is broken or overflows")
+    classes = probabilities.shape[1]
+    _in_range(truth, classes, "labels")
+    own = np.take_along_axis(probabilities, truth[:, None].astype(np.int64), 1)
+    earlier = np.arange(classes) < truth[:, None]
+    rank = ((probabilities > own) | ((probabilities == own) & earlier)).sum(1)
+    return 100.0 * float(np.mean(rank < k))
+
+
+def confusion(predicted: Array, truth: Array, classes: int, ignore_index: int | None = None) -> NDArray[np.int64]:
+    """Counts (classes, classes), rows true, columns predicted; positions whose truth is ``ignore_index`` are left out."""
+    _same_shape(predicted, truth)
+    counts = np.zeros(classes * classes, np.int64)
+    for found, true in zip(predicted, truth, strict=True):
+        valid = np.asarray(true) != ignore_index
+        true, found = np.asarray(true)[valid].astype(np.int64), np.asarray(found)[valid].astype(np.int64)
+        _in_range(true, classes, "labels")
+        _in_range(found, classes, "predictions")
+        counts += np.bincount(true * classes + found, minlength=classes * classes)
+    if not counts.any():
+        raise MetricError(f"expected labelled positions, found only ignore_index {ignore_index}; check the masks")
+    return counts.reshape(classes, classes)
+
+
+def class_iou(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Intersection over union of each class, percent (classes,); NaN where a class is in neither side."""
+    hit = np.diag(counts).astype(np.float64)
+    union = counts.sum(0) + counts.sum(1) - hit
+    return np.divide(100.0 * hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+
+
+def mean_iou(counts: NDArray[np.int64]) -> float:
+    """Mean over classes of intersection over union, percent; classes in neither side are left out."""
+    return float(np.nanmean(class_iou(counts)))
+
+
+def pixel_accuracy(counts: NDArray[np.int64]) -> float:
+    """Percent of counted positions that are right."""
+    return 100.0 * float(np.diag(counts).sum() / counts.sum())
+
+
+def agreement(a: Array, b: Array) -> float:
+    """Share in [0, 1] of equal predictions."""
+    _same_shape(a, b)
+    return float(np.mean(a == b))
+
+
+def _same_shape(a: Array, b: Array) -> None:
+    if a.shape != b.shape or not a.size:
+        raise MetricError(
+            f"expected two non-empty arrays of one shape, found {a.shape} and {b.shape}; "
+            "score the outputs of the split they were made from"
+        )
+
+
+def _in_range(values: Array, classes: int, what: str) -> None:
+    if values.size and not (0 <= values.min() and values.max() < classes):
+        raise MetricError(f"expected {what} in 0..{classes - 1}, found {values.min()}..{values.max()}; check the classes")

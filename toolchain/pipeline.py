@@ -1,0 +1,291 @@
+"""Runs stages, each in a process of its own, skipping those whose artifact is fresh.
+
+``plan`` turns a config into stages; ``Pipeline.run`` makes what is stale. Killed at any point, the next run goes on
+from the last whole artifact, and training from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toolchain import artifact
+from toolchain.artifact import EdgestillError
+from toolchain.config import Config
+from toolchain.stage import INTERRUPTED, Job, console
+from toolchain.tasks import load_task
+
+
+class StageError(EdgestillError):
+    """A stage failed; the message is the stage's own."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``inputs`` maps roles to names of earlier stages; an ``optional`` stage may fail without ending the run."""
+
+    name: str
+    module: str
+    config: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
+    optional: bool = False
+
+
+NEEDED = {
+    "toolchain.stages": ("torch", "timm", "accelerate", "safetensors"),
+    "toolchain.distill": ("torch", "timm", "accelerate", "safetensors"),
+    "export.onnx": ("torch", "onnx", "onnxscript", "onnxruntime"),
+    "export.precision": ("onnx", "onnxruntime"),
+    "benchmarks.bench": ("onnxruntime",),
+    "benchmarks.report": ("jinja2", "matplotlib"),
+}
+EXTRA = {"onnxruntime": "edgestill[distill,ort]"}
+
+
+def plan(cfg: Config) -> list[Stage]:
+    """The stages of a config, in order."""
+    sections = cfg.section
+    task = load_task(cfg.task)
+    stages = [Stage("data", "toolchain.stages", sections("task", "data"))]
+    taught = list(task.STAGES) if cfg.teacher is not None else []
+    for name in taught:
+        inputs = {stage.name: stage.name for stage in stages}
+        stages.append(Stage(name, "toolchain.stages", sections("seed", "task", "data", "teacher"), inputs))
+    inputs = {stage.name: stage.name for stage in stages}
+    keys = ("seed", "task", "data", "teacher", "student", "method", "train")
+    stages.append(Stage("student", "toolchain.distill", sections(*keys), inputs))
+
+    export = sections("export")["export"]
+    exact = {key: export[key] for key in ("opset", "parity")}
+    if "teacher" in taught and cfg.bench.teacher:
+        stages.append(_onnx("onnx-teacher", "teacher", cfg.task, exact))
+    stages.append(_onnx("onnx", "student", cfg.task, exact))
+    for precision in cfg.export.precisions:
+        if precision != "fp32":
+            config = {"task": cfg.task, "precision": precision, "export": _without(export, "precisions")}
+            stages.append(Stage(f"onnx-{precision}", "export.precision", config, {"onnx": "onnx", "data": "data"}))
+    if cfg.compile.backend != "none":
+        settings = _without(sections("compile")["compile"], "targets", "precisions")
+        for target in cfg.compile.targets:
+            for precision in cfg.compile.precisions:
+                config = {"compile": settings, "targets": [target]}
+                source = "onnx" if precision == "fp32" else f"onnx-{precision}"
+                name = f"engine-{target}-{precision}"
+                stages.append(Stage(name, "export.engine", config, {"onnx": source}, optional=True))
+    return stages
+
+
+def _onnx(name: str, model: str, task: str, export: dict[str, Any]) -> Stage:
+    config = {"task": task, "which": model, "export": export}
+    return Stage(name, "export.onnx", config, {"model": model, "data": "data"})
+
+
+def _without(section: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in keys}
+
+
+def measure(cfg: Config, stages: Sequence[Stage], failed: Mapping[str, str]) -> list[Stage]:
+    """The closing stages: ``bench`` over everything made, and ``report``."""
+    deployed = [s.name for s in stages if s.name.startswith(("onnx", "engine-")) and s.name not in failed]
+    inputs = {name: name for name in ("data", "student", *deployed)}
+    bench = {"task": cfg.task, "bench": cfg.section("bench")["bench"], "failed": dict(failed)}
+    report = {"name": cfg.name, "task": cfg.task, "report": cfg.section("report")["report"]}
+    shown = {stage.name: stage.name for stage in stages if stage.name not in failed}
+    return [
+        Stage("bench", "benchmarks.bench", bench, inputs),
+        Stage("report", "benchmarks.report", report, shown | {"bench": "bench"}),
+    ]
+
+
+def missing_packages(stages: Sequence[Stage]) -> list[str]:
+    """What the whole plan needs and this environment lacks, with the command that installs it."""
+    needed = dict.fromkeys(package for stage in stages for package in NEEDED.get(stage.module, ()))
+    absent = [package for package in needed if importlib.util.find_spec(package) is None]
+    return [f"{name} is not installed: pip install '{EXTRA.get(name, 'edgestill[distill]')}'" for name in absent]
+
+
+@dataclass
+class Outcome:
+    """What a run did: folders made, folders reused, and optional stages that failed with their reasons."""
+
+    root: Path
+    made: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"root": str(self.root), "made": self.made, "reused": self.reused, "failed": self.failed}
+
+
+class Pipeline:
+    """A run folder and the stages that fill it."""
+
+    def __init__(self, cfg: Config, root: Path, stages: Sequence[Stage] | None = None) -> None:
+        self.cfg, self.root = cfg, root
+        self.stages = plan(cfg) if stages is None else list(stages)
+
+    def run(self, last: str | None = None) -> Outcome:
+        """Make every stale stage, up to ``last``. Raises StageError; EdgestillError when another run is at work here."""
+        names = [stage.name for stage in self.stages]
+        stages = self.stages[: names.index(last) + 1] if last else self.stages
+        if faults := missing_packages([*stages, *([] if last else measure(self.cfg, stages, {}))]):
+            raise EdgestillError("this pipeline cannot run here:\n" + "\n".join(f"  {fault}" for fault in faults))
+        self.root.mkdir(parents=True, exist_ok=True)
+        outcome = Outcome(self.root)
+        with lock(self.root):
+            artifact.write_json(self.root / "config.json", self.cfg.model_dump(mode="json"))
+            for stage in stages:
+                self._step(stage, outcome)
+            for stage in [] if last else measure(self.cfg, stages, outcome.failed):
+                self._step(stage, outcome)
+            artifact.remove(self.root / ".work")
+        return outcome
+
+    def job(self, stage: Stage) -> Job:
+        inputs = {role: self.root / name for role, name in stage.inputs.items()}
+        return Job(stage.name, self.root / stage.name, stage.config, inputs)
+
+    def stale(self, stage: Stage) -> str | None:
+        """Why ``stage`` must be made, or None."""
+        job = self.job(stage)
+        for role, folder in job.inputs.items():
+            if not artifact.is_whole(folder):
+                return f"{role} is not there"
+        return artifact.stale_reason(job.out, stage=job.stage, config=job.config, inputs=job.inputs)
+
+    def _step(self, stage: Stage, outcome: Outcome) -> None:
+        lost = [name for name in stage.inputs.values() if name in outcome.failed]
+        if lost:
+            outcome.failed[stage.name] = f"{lost[0]} failed"
+            return
+        reason = self.stale(stage)
+        if reason is None:
+            artifact.verify(self.root / stage.name)
+            console.print(f"[dim]{stage.name:<24} reused[/]")
+            outcome.reused.append(stage.name)
+            return
+        console.print(f"[bold]{stage.name:<24}[/] [dim]{reason}[/]", markup=True)
+        try:
+            perform(stage.module, self.job(stage))
+        except StageError as error:
+            if not stage.optional:
+                raise
+            console.print(f"{stage.name}: {error}", style="yellow", markup=False)
+            outcome.failed[stage.name] = str(error)
+            return
+        outcome.made.append(stage.name)
+
+
+def perform(module: str, job: Job) -> None:
+    """Run one stage in a process, and tell what it wrote. Raises StageError; KeyboardInterrupt after the stage saved."""
+    job.work.mkdir(parents=True, exist_ok=True)
+    path = job.work.with_name(f"{job.out.name}.job.json")
+    path.write_text(job.to_json(), encoding="utf-8")
+    error_path = path.with_suffix(".error")
+    error_path.unlink(missing_ok=True)
+    start = time.perf_counter()
+    child = subprocess.Popen([sys.executable, "-m", module, str(path)], preexec_fn=_die_with_parent)
+    code = _wait(child)
+    if code == INTERRUPTED or code == -signal.SIGINT:
+        raise KeyboardInterrupt
+    if code != 0:
+        raise StageError(_reason(job, code, error_path))
+    if not artifact.is_whole(job.out):
+        raise StageError(f"{job.stage}: ended without writing {job.out}")
+    artifact.remove(job.work)
+    path.unlink()
+    with contextlib.suppress(OSError):
+        job.work.parent.rmdir()
+    size = sum(entry["bytes"] for entry in artifact.read(job.out).files.values())
+    console.print(
+        f"    {job.out}  {human_bytes(size)}  {time.perf_counter() - start:.1f} s", style="green", markup=False
+    )
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int:
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+            child.wait(timeout=30)
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+        raise
+
+
+def _reason(job: Job, code: int, error_path: Path) -> str:
+    if error_path.is_file():
+        return str(json.loads(error_path.read_text(encoding="utf-8"))["message"])
+    if code < 0:
+        name = signal.Signals(-code).name
+        hint = "; the machine may have run out of memory" if -code == signal.SIGKILL else ""
+        return f"{job.stage}: killed by {name}{hint}; run the same command again to go on"
+    return f"{job.stage}: ended with exit code {code}"
+
+
+def _die_with_parent() -> None:
+    """On Linux a stage must not outlive a pipeline that was killed (PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def lock(root: Path, patience_s: float = 5.0) -> Iterator[None]:
+    """Only one pipeline works in a folder. Raises EdgestillError."""
+    with (root / ".lock").open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + patience_s
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    raise EdgestillError(
+                        f"{root}: process {file.read() or '?'} is running here; wait for it, or choose another --out"
+                    ) from None
+                time.sleep(0.1)
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def resumable(command: Sequence[str]) -> Iterator[None]:
+    """On Ctrl-C or SIGTERM, say how to go on."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    previous: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"interrupted; nothing finished is lost. Go on with:\n  {shlex.join(command)}", markup=False)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def human_bytes(size: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
