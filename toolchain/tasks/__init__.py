@@ -103,7 +103,7 @@ def load_task(name: str) -> ModuleType:
 
 def built_in() -> list[str]:
     folder = Path(__file__).parent
-        modules = [path for path in folder.glob("[a-z]*.py") if "\nHEADLINE" in path.read_text(encoding="utf-8")]
+    modules = [path for path in folder.glob("[a-z]*.py") if "\nHEADLINE" in path.read_text(encoding="utf-8")]
     return sorted(path.stem for path in modules)
 
 

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DIGITS = str(ROOT / "configs" / "digits.yaml")
+
+
+def edgestill(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "toolchain", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "200"} | environment,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_help_names_every_verb_and_is_quick() -> None:
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        reply = edgestill("--help")
+        seconds.append(time.perf_counter() - start)
+    assert reply.returncode == 0
+    for verb in ("run", "distill", "export", "compile", "bench", "report", "inspect", "doctor", "study"):
+        assert f" {verb} " in reply.stdout
+    assert statistics.median(seconds) < 0.5
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, toolchain.cli\n"
+        "heavy = {'numpy', 'torch', 'onnx', 'onnxruntime', 'pydantic', 'yaml'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("verb", ["run", "distill"])
+def test_a_wrong_config_exits_2_without_a_traceback(verb: str) -> None:
+    reply = edgestill(verb, DIGITS, "student.widht=3")
+    assert reply.returncode == 2
+    assert "did you mean 'width'?" in reply.stderr
+    assert "Traceback" not in reply.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        (["run", "no/such.yaml"], 2, "cannot be read"),
+        (["export", "no/such/student"], 1, "expected an artifact folder, found nothing"),
+        (["export", "configs", "--precision", "fp8"], 2, "allowed: fp32, fp16, int8-cpu, int8-trt"),
+        (["compile", "configs"], 1, "no manifest.json"),
+        (["bench", "configs"], 1, "no manifest.json"),
+        (["report", "configs"], 1, "expected an artifact folder"),
+        (["inspect", "configs"], 1, "no manifest.json"),
+        (["study", "no/such.yaml"], 2, "cannot be read"),
+        (["rnu"], 2, "No such command"),
+    ],
+)
+def test_user_errors_end_with_a_message_and_a_code(arguments: list[str], code: int, part: str) -> None:
+    reply = edgestill(*arguments)
+    assert reply.returncode == code
+    assert part in reply.stderr
+    assert "Traceback" not in reply.stderr
+
+
+def test_debug_shows_the_traceback() -> None:
+    assert "Traceback" in edgestill("run", DIGITS, "student.widht=3", "--debug").stderr
+
+
+def test_doctor_tells_what_works_and_what_to_install() -> None:
+    reply = edgestill("doctor", "--json")
+    assert reply.returncode == 0
+    checks = json.loads(reply.stdout)
+    assert {check["group"] for check in checks} == {"package", "provider", "builder", "device"}
+    assert all(check["ok"] or (check["detail"] and check["remedy"]) for check in checks)
+    assert any(check["name"] == "CPUExecutionProvider" and check["ok"] for check in checks)
+
+
+def test_a_dry_run_checks_data_taps_and_shapes(tmp_path: Path) -> None:
+    small = ["teacher.model=test_efficientnet", "teacher.weights=random", "teacher.taps=null"]
+    reply = edgestill("run", DIGITS, *small, "--out", str(tmp_path / "run"), "--dry-run", "--json")
+    assert reply.returncode == 0, reply.stderr
+    checked = json.loads(reply.stdout)
+    assert checked["stages"]["student"] == "not there" or "is not there" in checked["stages"]["student"]
+    assert checked["checked"]["samples"]["train"] > 1000
+    assert not (tmp_path / "run").exists()
+    reply = edgestill("run", DIGITS, *small, "teacher.taps=[blocks.77]", "--out", str(tmp_path / "run"), "--dry-run")
+    assert reply.returncode != 0
+    assert "blocks.77" in reply.stderr
+    assert "Traceback" not in reply.stderr

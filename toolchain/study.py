@@ -1,0 +1,239 @@
+"""A study: method x dataset x seed, many small trainings, one JSON line per run.
+
+Every run is the pipeline's own data, teacher and student stages and a score on the test split. Runs of one dataset
+and teacher share the data and the cached teacher features; trainings share a process, so that imports are paid once.
+Rows that are in the results file are not run again: a row is known by its dataset, method, seed and config.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from toolchain import artifact
+from toolchain.artifact import EdgestillError, digest
+from toolchain.config import Config, ConfigError, allowed, apply_overrides, read_yaml, validate, validate_section
+from toolchain.pipeline import Pipeline, StageError, perform, plan, resumable
+from toolchain.section import Section
+from toolchain.stage import Job, console, main
+from toolchain.tasks import load_data, load_task
+
+FILLED = {"name", "seed"}
+
+
+class StudySection(Section):
+    """A study's YAML. ``datasets`` and ``methods`` map a row's name to overrides of the base config."""
+
+    study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    config: str
+    protocol: str
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    datasets: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    methods: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    common: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of a study, before it is run."""
+
+    dataset: str
+    method: str
+    seed: int
+    config: Config
+
+    @property
+    def key(self) -> tuple[str, str, int, str]:
+        return self.dataset, self.method, self.seed, self.sha256
+
+    @property
+    def sha256(self) -> str:
+        """Of the sections that decide the trained student."""
+        return digest(self.config.section("task", "data", "teacher", "student", "method", "train"))
+
+
+def rows(path: Path, overrides: Sequence[str] = ()) -> tuple[StudySection, list[Row]]:
+    """Every run of a study, validated. Overrides apply to each run's config, or to ``seeds``. Raises ConfigError."""
+    value, _ = read_yaml(path)
+    own = [override for override in overrides if override.partition("=")[0] in StudySection.model_fields]
+    apply_overrides(value, own)
+    try:
+        study = validate_section(StudySection, value)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).replace('StudySection: ', '')}") from error
+    base, _ = read_yaml((path.parent / study.config).resolve())
+    found = []
+    order = itertools.product(study.datasets.items(), study.seeds, study.methods.items())
+    for (dataset, data_changes), seed, (method, method_changes) in order:
+        config = json.loads(json.dumps(base))
+        for changes in (study.common, data_changes, method_changes):
+            _merge(config, changes)
+        config |= {"name": study.study, "seed": seed}
+        apply_overrides(config, [override for override in overrides if override not in own])
+        found.append(Row(dataset, method, seed, validate(config, source=f"{path}: {dataset}, {method}")))
+    return study, found
+
+
+def _merge(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Sections merge key by key; a method given replaces the base's method whole; dotted keys reach inside."""
+    for dotted, item in changes.items():
+        *parents, last = dotted.split(".")
+        place = config
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        if isinstance(item, Mapping) and isinstance(place.get(last), dict) and dotted != "method":
+            _merge(place[last], item)
+        else:
+            place[last] = item
+
+
+def done(results: Path) -> set[tuple[str, str, int, str]]:
+    """The keys of the rows in a results file. Raises EdgestillError on a line that is not a row."""
+    keys = set()
+    for number, line in enumerate(_lines(results), start=1):
+        try:
+            row = json.loads(line)
+            keys.add((row["dataset"], row["method"], row["seed"], row["config_sha256"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise EdgestillError(f"{results}:{number}: not a row of a study ({error}); remove the line") from error
+    return keys
+
+
+def _lines(results: Path) -> Iterator[str]:
+    if results.is_file():
+        text = results.read_text(encoding="utf-8")
+        if text and not text.endswith("\n"):
+            text = text[: text.rfind("\n") + 1]
+            results.write_text(text, encoding="utf-8")
+        yield from text.splitlines()
+
+
+def run(path: Path, overrides: Sequence[str], out: Path, work: Path, *, dry_run: bool = False) -> dict[str, Any]:
+    """Run what is left of a study and append its rows to ``out/<study>.jsonl``."""
+    study, planned = rows(path, overrides)
+    if not study.methods.keys():
+        raise ConfigError(f"{path}: {allowed('methods', list(StudySection.model_fields))}")
+    results = out / f"{study.study}.jsonl"
+    finished = done(results)
+    left = [row for row in planned if row.key not in finished]
+    console.print(f"{study.study}: {len(planned)} runs, {len(planned) - len(left)} done, {len(left)} to do")
+    result = {"results": str(results), "runs": len(planned), "left": len(left)}
+    if dry_run or not left:
+        if not left:
+            console.print("already complete", style="green")
+        return result
+    out.mkdir(parents=True, exist_ok=True)
+    with resumable(["edgestill", "study", str(path), *overrides]):
+        for shared, group in _groups(left, work / study.study):
+            _shared(shared, group[0].config)
+            job = _job(study, shared, group, results)
+            perform("toolchain.study", job)
+            artifact.remove(job.out)
+    still = [row for row in planned if row.key not in done(results)]
+    if still:
+        raise EdgestillError(f"{study.study}: {len(still)} of {len(planned)} runs failed; run the same command again")
+    console.print(f"results: {results}\nnext:    python -m benchmarks.tables README.md", markup=False)
+    return result | {"left": 0}
+
+
+def _groups(left: Sequence[Row], work: Path) -> list[tuple[Path, list[Row]]]:
+    """Runs by the folder of the data and teacher they share."""
+    groups: dict[Path, list[Row]] = {}
+    for row in left:
+        name = f"{row.dataset}-{digest(row.config.section('task', 'data', 'teacher'))[:12]}"
+        groups.setdefault(work / name, []).append(row)
+    return list(groups.items())
+
+
+def _shared(root: Path, config: Config) -> None:
+    """Data, features and teacher of a group, made once, with seed 0 whatever the runs' seeds."""
+    cfg = config.model_copy(update={"seed": 0})
+    stages = [stage for stage in plan(cfg) if stage.module == "toolchain.stages"]
+    Pipeline(cfg, root, stages).run(stages[-1].name)
+
+
+def _job(study: StudySection, shared: Path, group: Sequence[Row], results: Path) -> Job:
+    runs = [
+        {"dataset": row.dataset, "method": row.method, "seed": row.seed, "sha256": row.sha256}
+        | {"config": row.config.model_dump(mode="json")}
+        for row in group
+    ]
+    folders = {path.name: path for path in sorted(shared.iterdir()) if artifact.is_whole(path)}
+    inputs = {name: folder for name, folder in folders.items() if name != "rows"}
+    config = {"study": study.study, "protocol": study.protocol, "results": str(results), "runs": runs}
+    return Job("rows", shared / "rows", config | {"commit": commit()}, inputs)
+
+
+def commit() -> str:
+    """The commit of the working tree, with ``+`` when it has changes; empty outside git."""
+    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False)
+    status = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
+
+
+def work_off(job: Job) -> None:
+    """The process of a group: train, score on the test split, append the row."""
+    from toolchain.distill import train_student
+
+    data = load_data(job.inputs["data"])
+    for number, item in enumerate(job.config["runs"], start=1):
+        cfg = validate(item["config"])
+        start = time.perf_counter()
+        folder = job.work / f"{item['dataset']}-{item['method']}-{item['seed']}-{item['sha256'][:8]}"
+        trained = train_student(cfg, data, job.inputs, folder)
+        test = load_task(cfg.task).evaluate(trained.student, cfg, data, "test")
+        row = {
+            "study": job.config["study"],
+            "method": item["method"],
+            "dataset": item["dataset"],
+            "seed": item["seed"],
+            "metrics": test | {f"val_{name}": value for name, value in trained.val.items()},
+            "parameters": sum(p.numel() for p in trained.student.parameters()),
+            "config_sha256": item["sha256"],
+            "commit": job.config["commit"],
+            "device": device(),
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+            "seconds": round(time.perf_counter() - start, 1),
+            "protocol": job.config["protocol"],
+        }
+        with Path(job.config["results"]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        artifact.remove(folder)
+        scores = ", ".join(f"{name} {value:.2f}" for name, value in test.items())
+        console.print(
+            f"    {number}/{len(job.config['runs'])} {item['method']} seed {item['seed']}: {scores}", markup=False
+        )
+    with artifact.create(job.out, stage=job.stage, config={"study": job.config["study"]}):
+        pass
+
+
+def device() -> str:
+    """What the rows were computed on, in words."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = names[0] if names else model
+    return f"CPU, {torch.get_num_threads()} threads, {model}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise StageError("started by `edgestill study`")
+    main(work_off)
