@@ -380,6 +380,10 @@ def _explain(model: type[BaseModel], entry: Any) -> str:
         return "is missing"
     message = entry["msg"].removeprefix("Value error, ")
     found = entry.get("input")
+    if entry["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "expected a section (a mapping of keys)"
+    elif entry["type"] == "value_error" and isinstance(found, (dict, list)):
+        return str(message)
     if entry["type"] == "literal_error" and isinstance(found, str):
         choices = [c.strip("' ") for c in entry["ctx"]["expected"].replace(" or ", ",").split(",")]
         return f"found {found!r}; {allowed(found, choices)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,6 +60,7 @@ class Frozen(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
+        self.training = False
         self.refreshed = False
         self._hold(module)
 
@@ -71,11 +73,30 @@ class Frozen(nn.Module):
         self._hold(module)
         self.refreshed = True
 
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(False)
+        return self
+
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Frozen:
-        self.module._apply(fn, recurse)
-        super()._apply(fn, recurse)
+        self.module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def frozen_parts(distiller: nn.Module) -> dict[str, Frozen]:
+    """The Frozen modules inside, by their place."""
+    return {name: module for name, module in distiller.named_modules() if isinstance(module, Frozen)}
+
+
+def fingerprint(distiller: nn.Module) -> str:
+    """sha256 of every weight, the frozen ones too."""
+    state = hashlib.sha256()
+    for module in (distiller, *(frozen.module for frozen in frozen_parts(distiller).values())):
+        for name, tensor in module.state_dict().items():
+            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()

@@ -111,11 +111,13 @@ def fetch(
             part.unlink()
             if not resumed or attempt == attempts:
                 raise DownloadError(
-                    f"{url}: expected sha256 {sha256[:12]}, found {found[:12]}: the server's file is another one or was "
+                    f"{url}: expected sha256 {sha256[:12]}, found {found[:12]}: the server's file is another or was "
                     f"changed on the way; it was removed. Put the right file at {target} yourself"
                 )
     except OSError as error:
-        raise DownloadError(f"{target}: cannot be written ({error.strerror or error}); choose another data.path") from error
+        raise DownloadError(
+            f"{target}: cannot be written ({error.strerror or error}); choose another data.path"
+        ) from error
     raise AssertionError("unreachable")
 
 
@@ -162,4 +164,3 @@ def _copy(response: Any, part: Path, start: int, total: int | None, name: str) -
         while block := response.read(_BLOCK):
             file.write(block)
             bar.advance(len(block) // 1024)
-

@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -100
-
 
 def valid(label: Tensor, ignore_index: int | None) -> Tensor:
     """True where ``label`` counts."""
@@ -27,11 +25,10 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 def cross_entropy(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:
     """-log softmax(logits)[label], averaged over the positions that count; 0 when none does."""
-    index = IGNORE if ignore_index is None else ignore_index
     if ignore_index is None:
         return F.cross_entropy(logits.float(), label)
-    total = F.cross_entropy(logits.float(), label, ignore_index=index, reduction="sum")
-    return total / (label != index).sum().clamp(min=1)
+    values = F.cross_entropy(logits.float(), label, ignore_index=ignore_index, reduction="none")
+    return _mean(values, valid(label, ignore_index))
 
 
 def accuracy(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> Tensor:
@@ -40,7 +37,7 @@ def accuracy(logits: Tensor, label: Tensor, ignore_index: int | None = None) -> 
 
 
 def kl(p_logits: Tensor, q_logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """KL(softmax p || softmax q) = sum_c p_c (log p_c - log q_c), averaged over the positions where ``mask`` (B, ...)."""
+    """KL(softmax p || softmax q) = sum_c p_c (log p_c - log q_c), averaged over positions: those where ``mask``."""
     log_p, log_q = F.log_softmax(p_logits.float(), 1), F.log_softmax(q_logits.float(), 1)
     return _mean((log_p.exp() * (log_p - log_q)).sum(1), mask)
 
@@ -78,4 +75,5 @@ def inverted_projection(student: Tensor, projected: Tensor) -> Tensor:
 def usage_perplexity(assignment: Tensor) -> Tensor:
     """exp(entropy(mean assignment)) of (..., K) distributions: K when all K are used alike, 1 when only one is."""
     mean = assignment.detach().float().flatten(0, -2).mean(0)
-    return torch.special.entr(mean).sum().exp()
+    entropy: Tensor = torch.special.entr(mean).sum()
+    return entropy.exp()

@@ -43,7 +43,7 @@ def top_k(probabilities: Array, truth: Array, k: int) -> float:
 
 
 def confusion(predicted: Array, truth: Array, classes: int, ignore_index: int | None = None) -> NDArray[np.int64]:
-    """Counts (classes, classes), rows true, columns predicted; positions whose truth is ``ignore_index`` are left out."""
+    """Counts (classes, classes), rows true, columns predicted; where truth is ``ignore_index`` nothing is counted."""
     _same_shape(predicted, truth)
     counts = np.zeros(classes * classes, np.int64)
     for found, true in zip(predicted, truth, strict=True):
@@ -61,7 +61,9 @@ def class_iou(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Intersection over union of each class, percent (classes,); NaN where a class is in neither side."""
     hit = np.diag(counts).astype(np.float64)
     union = counts.sum(0) + counts.sum(1) - hit
-    return np.divide(100.0 * hit, union, out=np.full(len(hit), np.nan), where=union > 0)
+    with np.errstate(invalid="ignore"):
+        iou: NDArray[np.float64] = 100.0 * hit / union
+    return iou
 
 
 def mean_iou(counts: NDArray[np.int64]) -> float:
@@ -89,5 +91,7 @@ def _same_shape(a: Array, b: Array) -> None:
 
 
 def _in_range(values: Array, classes: int, what: str) -> None:
-    if values.size and not (0 <= values.min() and values.max() < classes):
-        raise MetricError(f"expected {what} in 0..{classes - 1}, found {values.min()}..{values.max()}; check the classes")
+    if values.size and (values.min() < 0 or values.max() >= classes):
+        raise MetricError(
+            f"expected {what} in 0..{classes - 1}, found {values.min()}..{values.max()}; check the classes"
+        )

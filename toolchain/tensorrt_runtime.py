@@ -7,6 +7,7 @@ import math
 import platform
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Cuda:
             )
         if not 0 <= device < count:
             raise RuntimeLoadError(f"device {device}: this machine has CUDA devices 0 to {count - 1}")
-        self.device = device
+        self.device, self.count = device, int(count)
         properties = self("cudaGetDeviceProperties", device)
         self.name = properties.name.decode().rstrip("\0")
         self.capability = f"sm_{properties.major}{properties.minor}"
@@ -119,6 +120,7 @@ class TensorRT(Runtime):
 
     def _load(self, trt: Any) -> None:
         self._logger = logger(trt)
+        self._logger.errors.clear()
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine((self._folder / "model.engine").read_bytes())
         self._context = self._engine and self._engine.create_execution_context()
@@ -208,8 +210,12 @@ class TensorRT(Runtime):
                 self._cuda("cudaStreamDestroy", self._stream)
 
 
+@cache
 def logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps errors (``.errors``) and warnings (``.warnings``) instead of printing them."""
+    """The process's TensorRT logger: keeps errors (``.errors``) and warnings (``.warnings``) instead of printing.
+
+    One for all, since TensorRT ignores every logger after the first. Clear the lists before what is to be explained.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,7 +37,9 @@ def write_onnx(
         helper.make_node("ArgMax", ["probabilities"], ["label"], axis=-1, keepdims=0),
     ]
     kinds = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
-    values = [[helper.make_tensor_value_info(p.name, kinds[p.dtype], p.shape) for p in ports] for ports in (INPUTS, OUTPUTS)]
+    values = [
+        [helper.make_tensor_value_info(p.name, kinds[p.dtype], p.shape) for p in ports] for ports in (INPUTS, OUTPUTS)
+    ]
     graph = helper.make_graph(nodes, "tiny", *values, [numpy_helper.from_array(weight.astype(np.float32), "w")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     with artifact.create(folder, stage="onnx", config={"task": TASK}, inputs=inputs) as draft:
@@ -68,3 +72,40 @@ def write_data(folder: Path, count: int = 90) -> Path:
     with artifact.create(folder, stage="data", config={"task": TASK}) as draft:
         save_data(draft.path, Data({"train": split, "val": split, "test": split}, {"classes": ["a", "b", "c"]}))
     return folder
+
+
+def write_student(folder: Path, data: Path) -> Path:
+    """The network of ``write_onnx`` as a student in PyTorch, with a training log."""
+    from safetensors.numpy import save_file
+
+    weight = np.random.default_rng(0).normal(0, 1, (4, 3)).astype(np.float32)
+    config = {"task": TASK, "method": {"name": "prockd"}, "student": {"model": "linear"}}
+    with artifact.create(folder, stage="student", config=config, inputs={"data": data}) as draft:
+        save_file({"weight": np.ascontiguousarray(weight.T)}, draft.path / "model.safetensors")
+        draft.extra = {"info": {"classes": ["a", "b", "c"]}, "parameters": 12, "method": "prockd"}
+        lines = [
+            {"step": s, "loss": 1 / (s + 1), "loss_kl": 0.5 / (s + 1), "perplexity": 3 + s, "lr": 0.1}
+            for s in range(20)
+        ]
+        lines += [{"step": s, "val": {"accuracy": 50 + 2 * s}} for s in range(0, 20, 5)]
+        (draft.path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+def write_run(root: Path, **settings: Any) -> dict[str, Any]:
+    """A bench job over a whole chain: teacher, student, fp32, fp16 and an engine that cannot run; its config."""
+    data = write_data(root / "data")
+    student = write_student(root / "student", data)
+    teacher = write_onnx(root / "onnx-teacher", noise=0.01)
+    onnx_ = write_onnx(root / "onnx", inputs={"model": student})
+    half = write_onnx(root / "onnx-fp16", noise=0.3, precision="fp16", inputs={"onnx": onnx_})
+    engine = write_engine(root / "engine-sm_86-fp16", half)
+    bench = {"batches": [1, 4], "seconds": 0.05, "rounds": 2, "warmup_ms": 2.0, "threads": 1}
+    bench |= {"paced_fps": 100.0, "paced_seconds": 0.1, "provider": "cpu", "teacher": True}
+    folders = (data, engine, half, onnx_, teacher, student)
+    return {
+        "stage": "bench",
+        "out": root / "bench",
+        "config": {"task": TASK, "bench": bench | settings, "failed": {"engine-sm_86-int8-trt": "no builder here"}},
+        "inputs": {folder.name: folder for folder in folders},
+    }

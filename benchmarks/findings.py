@@ -1,0 +1,156 @@
+"""What the numbers of a bench say, in words: pure functions from bench.json's rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.tables import count, first_batch, headline, ms, p50, score, size, times
+
+Row = Mapping[str, Any]
+Metric = Mapping[str, Any]
+
+
+def points(value: float, metric: Metric) -> str:
+    """A difference of the metric in words: ``1.20 points of accuracy``."""
+    return (
+        f"{score(value)} points of {metric['name']}"
+        if metric["unit"] in ("", "%")
+        else f"{score(value)} {metric['unit']}"
+    )
+
+
+def of(rows: Sequence[Row], kind: str, precision: str = "fp32") -> Row | None:
+    return next((row for row in rows if row["kind"] == kind and row["precision"] == precision), None)
+
+
+def student_score(rows: Sequence[Row], metric: Metric | None) -> float | None:
+    """The student's score in PyTorch, else that of its fp32 graph."""
+    for kind in ("student", "onnx"):
+        row = of(rows, kind)
+        if row is not None and (found := headline(row, metric)) is not None:
+            return found
+    return None
+
+
+def recommend(rows: Sequence[Row], metric: Metric | None, max_drop: float) -> dict[str, Any] | None:
+    """The deployable row with the least p50 at the smallest batch, not more than ``max_drop`` below the student.
+
+    Rows whose intervals overlap with the fastest one's are named too. None when nothing deployable was measured.
+    """
+    batch = first_batch(rows)
+    timed = [row for row in rows if row["kind"] in ("onnx", "engine") and row["status"] == "ok" and p50(row, batch)]
+    reference = student_score(rows, metric)
+    budget, dropped = "", []
+    if metric is not None and reference is not None:
+        sign = 1 if metric["higher_is_better"] else -1
+        drops = {
+            row["name"]: sign * (reference - found) for row in timed if (found := headline(row, metric)) is not None
+        }
+        dropped = [row["name"] for row in timed if drops.get(row["name"], float("inf")) > max_drop]
+        timed = [row for row in timed if row["name"] not in dropped]
+        budget = f" within {points(max_drop, metric)} of the student ({score(reference)}{_unit(metric)})"
+        if dropped:
+            budget += f"; over that budget: {', '.join(dropped)}"
+    elif timed:
+        budget = "; accuracy was not measured"
+    if not timed:
+        return None
+    best = min(timed, key=lambda row: p50(row, batch) or 0.0)
+    edge = best["latency"][batch]["p50"]["high_ms"]
+    ties = [r["name"] for r in timed if r is not best and r["latency"][batch]["p50"]["low_ms"] <= edge]
+    reason = f"fastest at batch {batch} ({ms(p50(best, batch))} ms p50){budget}."
+    if ties:
+        reason += f" Not measurably slower: {', '.join(ties)}."
+    return {"name": best["name"], "reason": reason, "ties": ties, "over_budget": dropped}
+
+
+def _unit(metric: Metric) -> str:
+    return f" {metric['unit']}" if metric["unit"] else ""
+
+
+def precision_words(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """``text`` on each lower precision: is it faster than fp32 here, is its file smaller; and ``slower``."""
+    exact = of(rows, "onnx")
+    words: list[dict[str, Any]] = []
+    if exact is None:
+        return words
+    for row in rows:
+        if row["kind"] != "onnx" or row["precision"] == "fp32" or row["status"] != "ok":
+            continue
+        verdicts = []
+        for batch, found in row["latency"].items():
+            base = exact["latency"].get(batch, {}).get("p50")
+            mine = found.get("p50")
+            if base and mine:
+                verdicts.append((f"at batch {batch}", _verdict(mine, base)))
+        if not verdicts:
+            continue
+        slower = sum("as long" in verdict for _, verdict in verdicts)
+        lead = "slower than fp32 here: " if slower == len(verdicts) else "slower than fp32 in part: " if slower else ""
+        smaller = (
+            f"; its file is {times(exact['bytes'] / row['bytes'])} smaller" if row["bytes"] < exact["bytes"] else ""
+        )
+        told = ", ".join(f"{verdict} {place}" for place, verdict in verdicts)
+        words.append({"text": f"{row['name']}: {lead}{told}{smaller}.", "slower": slower > 0})
+    return words
+
+
+def _verdict(mine: Mapping[str, float], base: Mapping[str, float]) -> str:
+    if mine["low_ms"] > base["high_ms"]:
+        return f"{times(mine['ms'] / base['ms'])} as long"
+    if mine["high_ms"] < base["low_ms"]:
+        return f"{times(base['ms'] / mine['ms'])} as fast"
+    return "no measurable difference"
+
+
+def sentence(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """What was distilled into what, and what was gained and lost by it.
+
+    ``config`` are the student's config sections: task, data, teacher, student, method.
+    """
+    rows, metric = summary["rows"], summary["metric"]
+    batch = first_batch(rows)
+    teacher = next((row for row in rows if row["kind"] == "teacher" and row["status"] == "ok"), None)
+    best = (summary.get("recommended") or {}).get("name")
+    small = next((row for row in rows if row["name"] == best), of(rows, "student"))
+    sections = {key: config.get(key) or {} for key in ("teacher", "student", "method", "data")}
+    big_name = sections["teacher"].get("model", "the teacher")
+    small_name = sections["student"].get("model", "the student")
+    method, data = sections["method"].get("name", "?"), sections["data"].get("source", config.get("task", "its data"))
+    if small is None:
+        return f"{small_name}, taught by {big_name} with {method} on {data}."
+    small_text = f"{small_name} ({count(small['parameters'])} parameters)"
+    if teacher is None:
+        found = headline(small, metric)
+        told = (
+            f": {score(found)}{_unit(metric)} {metric['name']} on the test split"
+            if metric and found is not None
+            else ""
+        )
+        return f"{small_text}, trained with {method} on {data}{told}."
+    big = f"{big_name} ({count(teacher['parameters'])} parameters)"
+    text = f"{big} was distilled into {small_text} with {method} on {data}."
+    if method == "plain":
+        text = f"{small_text}, trained on {data} without a teacher, beside {big}."
+    gains = []
+    if teacher["parameters"] and small["parameters"]:
+        gains.append(f"{times(teacher['parameters'] / small['parameters'])} fewer parameters")
+    if teacher["bytes"] and small["bytes"]:
+        gains.append(f"a {times(teacher['bytes'] / small['bytes'])} smaller file ({size(small['bytes'])})")
+    slow, fast = p50(teacher, batch), p50(small, batch)
+    if slow and fast:
+        gains.append(f"{times(slow / fast)} the speed at batch {batch} ({ms(fast)} instead of {ms(slow)} ms)")
+    before, after = headline(teacher, metric), headline(small, metric)
+    change = ""
+    if metric and before is not None and after is not None:
+        sign = 1 if metric["higher_is_better"] else -1
+        lost = sign * (before - after)
+        verb = "lost" if lost > 0 else "gained"
+        what = f"{points(abs(lost), metric)} {verb}" if round(lost, 2) else f"the same {metric['name']}"
+        change = f"; {what}: {score(after)} against the teacher's {score(before)}{_unit(metric)}"
+    return f"{text} As {small['name']} it has {_and(gains)}{change}." if gains else f"{text[:-1]}{change}."
+
+
+def _and(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import bench, findings, plots, report, tables
+from tests.benchmarks import tiny_task
+from tests.benchmarks.models import TASK, write_run
+from toolchain import artifact
+from toolchain.stage import Job
+from toolchain.tasks import load_data
+
+METRIC = {"name": "accuracy", "higher_is_better": True, "unit": "%"}
+
+
+def row(name: str, kind: str, precision: str, ms: float, score: float | None, **more: Any) -> dict[str, Any]:
+    p50 = {"ms": ms, "low_ms": 0.97 * ms, "high_ms": 1.03 * ms}
+    latency = {"1": {"batch": 1, "p50": p50, "p90": None, "p99": None, "noisy": False}}
+    accuracy = None if score is None else {"accuracy": score}
+    value = {"name": name, "kind": kind, "precision": precision, "status": "ok", "reason": None, "latency": latency}
+    return value | {"accuracy": accuracy, "parameters": 1000, "bytes": 4000, "agreement": None} | more
+
+
+ROWS = [
+    row("onnx-teacher", "teacher", "fp32", 5.0, 98.0, parameters=50_000, bytes=200_000),
+    row("student", "student", "fp32", 1.0, 96.0),
+    row("onnx", "onnx", "fp32", 0.2, 96.0),
+    row("onnx-fp16", "onnx", "fp16", 0.26, 96.0, bytes=2000),
+    row("onnx-int8-cpu", "onnx", "int8-cpu", 0.1, 93.0, bytes=1000),
+    row("engine-sm_86-fp16", "engine", "fp16", 0.01, None, status="not run", reason="no GPU", latency={}),
+]
+
+
+def test_the_fastest_within_the_budget_is_recommended() -> None:
+    strict, loose = findings.recommend(ROWS, METRIC, 2.0), findings.recommend(ROWS, METRIC, 3.0)
+    assert strict is not None
+    assert strict["name"] == "onnx"
+    assert strict["over_budget"] == ["onnx-int8-cpu"]
+    assert loose is not None
+    assert loose["name"] == "onnx-int8-cpu"
+    assert loose["over_budget"] == []
+    assert findings.recommend(ROWS[:2], METRIC, 2.0) is None
+    unscored = findings.recommend(ROWS, None, 2.0)
+    assert unscored is not None
+    assert unscored["name"] == "onnx-int8-cpu"
+    assert "not measured" in unscored["reason"]
+
+
+def test_for_an_error_metric_lower_is_better() -> None:
+    rows = [row("onnx", "onnx", "fp32", 0.2, 1.0), row("onnx-fp16", "onnx", "fp16", 0.1, 1.5)]
+    metric = {"name": "ade", "higher_is_better": False, "unit": "m"}
+    rows = [one | {"accuracy": {"ade": one["accuracy"]["accuracy"]}} for one in rows]
+    assert findings.recommend(rows, metric, 0.2)["name"] == "onnx"  # type: ignore[index]
+    assert findings.recommend(rows, metric, 0.6)["name"] == "onnx-fp16"  # type: ignore[index]
+
+
+def test_rows_that_cannot_be_told_apart_are_named() -> None:
+    rows = [*ROWS[:3], row("onnx-fp16", "onnx", "fp16", 0.205, 96.0)]
+    assert findings.recommend(rows, METRIC, 2.0)["ties"] == ["onnx-fp16"]  # type: ignore[index]
+    assert "no measurable difference at batch 1" in findings.precision_words(rows)[0]["text"]
+
+
+def test_a_slower_precision_is_said_to_be_slower() -> None:
+    half, int8 = findings.precision_words(ROWS)
+    assert half["slower"]
+    assert half["text"].startswith("onnx-fp16: slower than fp32 here: 1.30× as long at batch 1")
+    assert not int8["slower"]
+    assert "2.00× as fast" in int8["text"]
+    assert "4.00× smaller" in int8["text"]
+
+
+def test_the_headline_says_gain_and_loss() -> None:
+    summary = {"rows": ROWS, "metric": METRIC, "recommended": {"name": "onnx"}}
+    config = {
+        "teacher": {"model": "big"},
+        "student": {"model": "small"},
+        "method": {"name": "prockd"},
+        "data": {"source": "d"},
+    }
+    text = findings.sentence(summary, config)
+    assert text.startswith("big (50 k parameters) was distilled into small (1 k parameters) with prockd on d.")
+    assert "50× fewer parameters" in text
+    assert "25× the speed at batch 1" in text
+    assert "2.00 points of accuracy lost: 96.00 against the teacher's 98.00 %" in text
+    assert "without a teacher" in findings.sentence(summary, config | {"method": {"name": "plain"}})
+    findings.sentence({"rows": [], "metric": None, "recommended": None}, {"task": "t"})
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    points = [plots.Point(r["name"], r["kind"], tables.p50(r) or 0, 1, 1, r["accuracy"]["accuracy"]) for r in ROWS[:5]]
+    assert [p.name for p in plots.pareto_front(points, True)] == ["onnx-int8-cpu", "onnx", "onnx-teacher"]
+
+
+def test_labels_of_crowded_points_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    boxes: list[Any] = []
+    original = plots._label
+
+    def spy(axes: Any, canvas: Any, points: Any, best: Any) -> None:
+        original(axes, canvas, points, best)
+        boxes.extend(text.get_window_extent(canvas.get_renderer()) for text in axes.texts)
+
+    monkeypatch.setattr(plots, "_label", spy)
+    crowd = [plots.Point(f"onnx-name-{i}", "onnx", 1 + 0.001 * i, 1, 1.01, 90 + 0.01 * i) for i in range(7)]
+    svg = plots.pareto(crowd, "accuracy", True, "1", "onnx-name-0")
+    assert svg.startswith(b"<?xml")
+    assert len(boxes) == 7
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_scalars_are_grouped_by_what_they_tell() -> None:
+    lines = [
+        {"stage": "a", "epoch": e, "loss": 1.0, "loss_kl": 2.0, "perplexity": 3.0, "grad_norm": 1.0} for e in (1, 2)
+    ]
+    lines.append({"stage": "a", "epoch": 2, "val": {"accuracy": 90.0}, "lr": 0.1})
+    found = plots.scalars(lines)["a"]
+    assert found["val accuracy"] == [(2.0, 90.0)]
+    assert "lr" not in found
+    groups = plots.groups(found)
+    assert groups == {
+        "validation": ["val accuracy"],
+        "losses": ["loss", "loss_kl"],
+        "prototypes": ["perplexity"],
+        "other": ["grad_norm"],
+    }
+    assert b"<svg" in plots.training(found, "epoch")
+
+
+def test_masks_and_images_become_pictures() -> None:
+    mask = np.array([[0, 1], [2, 11]])
+    colours = plots.colour_mask(mask, 11, 11)
+    assert colours.shape == (2, 2, 3)
+    assert colours[1, 1].tolist() == [240, 240, 240]
+    assert len({tuple(plots.class_colour(i)) for i in range(20)}) == 20
+    for image in (colours, colours[..., :1], colours[..., 0]):
+        assert plots.png(image, least=64).startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("run")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    job = Job(**write_run(root))
+    bench.run(job)
+    config = {"name": "tiny", "task": TASK, "report": {"max_drop": 50.0}}
+    report.run(Job("report", root / "report", config, {**job.inputs, "bench": root / "bench"}))
+    yield root
+    patch.undo()
+
+
+def test_the_report_is_whole_and_self_contained(root: Path) -> None:
+    artifact.verify(root / "report")
+    html = (root / "report" / "report.html").read_text(encoding="utf-8")
+    assert not re.findall(r'(?:src|href)="(?!data:)', html)
+    assert "http" not in re.sub(r'"data:[^"]*"', "", html)
+    assert html.count("data:image/svg+xml") == 2
+    assert html.count("data:image/png") == 24
+    for words in ("linear", "prockd", "Recommended", "Protocol", "not made", "no builder here", "✓", "Lineage"):
+        assert words in html, words
+
+
+def test_the_summary_and_the_markdown_tell_the_same(root: Path) -> None:
+    summary = json.loads((root / "report" / "summary.json").read_text(encoding="utf-8"))
+    text = (root / "report" / "report.md").read_text(encoding="utf-8")
+    assert summary["recommended"]["name"] in ("onnx", "onnx-fp16")
+    assert summary["headline"] in text
+    roles = [step["role"] for step in summary["lineage"]]
+    assert (
+        roles.index("data")
+        < roles.index("student")
+        < roles.index("onnx")
+        < roles.index("onnx-fp16")
+        < roles.index("bench")
+    )
+    for line in tables.summary_markdown(summary).splitlines():
+        assert line in text
+    assert "| engine-sm_86-int8-trt | – |" in text
+    assert "not made: no builder here" in text
+
+
+def test_the_terminal_shows_the_same_table(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (root / "report" / "summary.json", root / "bench" / "bench.json"):
+        assert tables.main(["--summary", str(path)]) == 0
+        err = capsys.readouterr().err
+        assert "onnx-fp16" in err
+        assert "speed-up" in err
+        assert "no builder here" in err
+        assert "…" not in err
+
+
+def test_mistakes_come_first_and_are_marked(root: Path) -> None:
+    split = load_data(root / "data").splits["test"].select(np.arange(6))
+    wrong = {"label": split.arrays["label"].copy()}
+    wrong["label"][4] = (wrong["label"][4] + 1) % 3
+    tiles = report._tiles(tiny_task, split, {"student": wrong})["tiles"]  # type: ignore[arg-type]
+    assert [tile["right"] for tile in tiles] == [False] + 5 * [True]
+    summary = json.loads((root / "report" / "summary.json").read_text(encoding="utf-8"))
+    samples = {"kind": "classes", "tiles": tiles, "legend": [], "figures": []}
+    view = {"summary": summary, "tables": report.tables(summary), "ledger": ([], []), "notes": [], "failed": []}
+    html = report.render_html(view | {"pareto": None, "training": [], "samples": samples, "environment": []})
+    assert html.count("<b>✗ ") == 1
+    assert html.count(" ✓") == 5
+
+
+def test_a_task_may_add_figures(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def figures(split: Any, outputs: dict[str, Any]) -> list[tuple[str, bytes]]:
+        seen.update(count=len(split), who=sorted(outputs))
+        return [("Heat map", plots.png(np.zeros((4, 4), np.uint8)))]
+
+    monkeypatch.setattr(tiny_task, "figures", figures, raising=False)
+    job = Job("report", root / "again", {}, {"bench": root / "bench", "data": root / "data"})
+    found = report.samples(job, {"task": TASK})
+    assert seen == {"count": 24, "who": ["student", "teacher"]}
+    assert found["figures"][0][0] == "Heat map"

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import tables
+
+SCORES = {
+    ("plain", 0): 90.0,
+    ("plain", 1): 92.0,
+    ("plain", 2): 91.0,
+    ("prockd", 0): 91.0,
+    ("prockd", 1): 93.5,
+    ("prockd", 2): 92.0,
+}
+
+
+def write(folder: Path, name: str = "digits", extra: list[dict[str, Any]] | None = None) -> Path:
+    rows = [
+        {
+            "study": name,
+            "method": m,
+            "dataset": "digits",
+            "seed": s,
+            "metrics": {"accuracy": v, "loss": 1.0},
+            "device": "cpu",
+        }
+        for (m, s), v in reversed(SCORES.items())
+    ]
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *(extra or [])]), encoding="utf-8")
+    return path
+
+
+def test_a_study_shows_mean_sd_and_the_paired_difference_of_equal_seeds(tmp_path: Path) -> None:
+    table = tables.study_table(tables.read_results(write(tmp_path)))
+    plain, prockd = table.splitlines()[2:]
+    assert plain == "| digits | plain | accuracy | 91.00 ± 1.00 | – | 3 | cpu |"
+    # differences 1, 1.5, 1: mean 1.167, sd 0.289, t(2) 4.303 / sqrt(3) * sd = 0.717
+    assert prockd == "| digits | prockd | accuracy | 92.17 ± 1.26 | +1.17 ± 0.29 [+0.45, +1.88] | 3 | cpu |"
+
+
+def test_a_seed_run_twice_counts_once_and_unpaired_seeds_do_not_pair(tmp_path: Path) -> None:
+    extra = [{"method": "prockd", "dataset": "digits", "seed": s, "metrics": {"accuracy": 99.0}} for s in (0, 7)]
+    line = tables.study_table(tables.read_results(write(tmp_path, extra=extra))).splitlines()[-1]
+    assert "| 4 |" in line
+    assert "+3.83" in line
+
+
+def test_a_document_is_rendered_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path)
+    document = tmp_path / "README.md"
+    document.write_text("# A\n<!-- results:digits -->\nold\n<!-- /results -->\nafter\n", encoding="utf-8")
+    command = ["--results", str(tmp_path), str(document)]
+    assert tables.main(["--check", *command]) == 1
+    assert "old" in document.read_text(encoding="utf-8")
+    assert "tables differ" in capsys.readouterr().err
+    assert tables.main(command) == 0
+    text = document.read_text(encoding="utf-8")
+    assert "92.17 ± 1.26" in text
+    assert "old" not in text
+    assert text.endswith("<!-- /results -->\nafter\n")
+    assert tables.main(["--check", *command]) == 0
+    write(tmp_path, extra=[{"method": "plain", "dataset": "digits", "seed": 9, "metrics": {"accuracy": 1.0}}])
+    assert tables.main(["--check", *command]) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<!-- results:digits -->\nno end\n", "has no"),
+        ("<!-- results:other -->\n<!-- /results -->", "studies there: digits"),
+        ("<!-- results:broken -->\n<!-- /results -->", "broken.jsonl:1: expected a JSON object"),
+    ],
+)
+def test_faults_of_documents_and_results_are_named(tmp_path: Path, text: str, words: str) -> None:
+    write(tmp_path)
+    if "broken" in text:
+        (tmp_path / "broken.jsonl").write_text('{"method": "plain"}\n', encoding="utf-8")
+    with pytest.raises(tables.TableError, match=words):
+        tables.render(text, tmp_path, "README.md")
+
+
+def test_numbers_are_shown_with_the_digits_that_count() -> None:
+    assert [tables.ms(v) for v in (None, 0.04123, 1.234, 12.34, 123.4)] == ["–", "0.0412", "1.23", "12.3", "123"]
+    assert [tables.count(v) for v in (None, 12, 98_765, 3_412_345)] == ["–", "12", "98.8 k", "3.41 M"]
+    assert [tables.size(v) for v in (None, 512, 2_345_678)] == ["–", "0.5 kB", "2.35 MB"]
+    assert [tables.score(v, signed=True) for v in (0.004, -0.004, -1.5)] == ["0.00", "0.00", "−1.50"]
+
+
+def test_committed_tables_agree_with_their_results() -> None:
+    root = Path(__file__).parents[2]
+    documents = [path for path in (root / "README.md", *root.glob("docs/**/*.md")) if path.is_file()]
+    assert tables.update(documents, tables.RESULTS, check=True) == []

@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+from export import precision
+from export.half import PrecisionError, edges, emulated_half, to_half
+from export.precision import Gate, float_compute, half_with_islands, spread, to_dynamic_int8, to_int8
+from export.verify import ParityError
+from toolchain import artifact
+from toolchain.stage import Job
+from toolchain.tasks import Data, Split, save_data
+
+Model = Callable[..., Any]
+EXPORT: dict[str, Any] = {
+    "calibration": {"samples": 32, "method": "minmax"},
+    "dynamic_int8": False,
+    "parity": {
+        "samples": 24,
+        "limits": {
+            "fp16": {"max_difference": 0.02, "agreement": 0.95, "metric_drop": 5.0},
+            "int8-cpu": {"max_difference": None, "agreement": 0.8, "metric_drop": 20.0},
+            "int8-trt": {"max_difference": None, "agreement": 0.8, "metric_drop": 20.0},
+        },
+    },
+}
+
+
+def session(model: Any) -> Callable[[Any], dict[str, np.ndarray]]:
+    made = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [output.name for output in made.get_outputs()]
+    return lambda feeds: dict(zip(names, made.run(names, feeds), strict=True))
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module: Any = ModuleType("tiny_export_task")
+    module.HEADLINE, module.HIGHER_IS_BETTER = "accuracy", True
+    module.score = lambda outputs, split: {
+        "accuracy": 100.0 * float((outputs["label"] == split.arrays["target"]).mean())
+    }
+    module.agreement = lambda a, b: float((a["label"] == b["label"]).mean())
+    monkeypatch.setitem(sys.modules, "tiny_export_task.task", module)
+    return module
+
+
+@pytest.fixture
+def data_folder(tmp_path: Path, make_model: Model, make_images: Model) -> Path:
+    call = session(make_model())
+    splits = {}
+    for seed, name in enumerate(("train", "val")):
+        images = make_images(48, seed + 10)
+        splits[name] = Split({"image": images, "target": call({"image": images})["label"]}, ("image",))
+    with artifact.create(tmp_path / "data", stage="data", config={}) as draft:
+        save_data(draft.path, Data(splits, {}))
+    return tmp_path / "data"
+
+
+def gate(model: Any, task: ModuleType, images: np.ndarray, **limits: float) -> Gate:
+    reference = session(model)({"image": images})
+    split = Split({"image": images, "target": reference["label"]}, ("image",))
+    return Gate(split, reference, task, limits)
+
+
+def job(kind: str, source: Path, data: Path, **export: Any) -> Job:
+    config = {"precision": kind, "export": EXPORT | export, "task": "tiny_export_task.task"}
+    return Job(f"onnx-{kind}", source.with_name(f"onnx-{kind}"), config, {"onnx": source, "data": data})
+
+
+def test_edges_are_what_casts_normalises_and_decodes(make_model: Model) -> None:
+    inputs = {"input.cast", "input.sub", "input.mul", "input.transpose"}
+    assert edges(make_model()) == inputs | {"softmax", "argmax"}
+
+
+def test_half_keeps_ports_and_edges_and_casts_each_tensor_once(make_model: Model, make_images: Model) -> None:
+    model = make_model()
+    before = model.SerializeToString()
+    half = to_half(model)
+    assert model.SerializeToString() == before
+    assert [str(v) for v in half.graph.input] == [str(v) for v in model.graph.input]
+    assert [str(v) for v in half.graph.output] == [str(v) for v in model.graph.output]
+    assert [node.input[0] for node in half.graph.node if node.op_type == "Cast"] == ["image", "nchw", "logits"]
+    kinds = {tensor.name: tensor.data_type for tensor in half.graph.initializer}
+    assert kinds["mean"] == kinds["scale"] == onnx.TensorProto.FLOAT
+    assert kinds["conv.weight/half"] == kinds["head.bias/half"] == onnx.TensorProto.FLOAT16
+    assert float_compute(half, "fp16") == []
+    images = make_images(32)
+    expected, found = session(model)({"image": images}), session(half)({"image": images})
+    assert found["probabilities"].dtype == np.float32
+    np.testing.assert_allclose(found["probabilities"], expected["probabilities"], atol=5e-3)
+
+
+def test_half_with_float_inputs_outputs_shared_tensors_and_resize_scales() -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["a"]),
+        helper.make_node("Softplus", ["a"], ["b"]),
+        helper.make_node("Exp", ["a"], ["c"]),
+        helper.make_node("Add", ["b", "c"], ["d"]),
+        helper.make_node("Resize", ["d", "", "scales"], ["e"], mode="nearest"),
+        helper.make_node("Conv", ["e", "w"], ["y"]),
+        helper.make_node("Relu", ["y"], ["z"]),
+    ]
+    weights = {"w": np.full((2, 2, 1, 1), 0.5, np.float32), "scales": np.array([1, 1, 2, 2], np.float32)}
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "shared",
+        [value("x", TensorProto.FLOAT, ["n", 2, 4, 4])],
+        [value("y", TensorProto.FLOAT, ["n", 2, 8, 8]), value("z", TensorProto.FLOAT, ["n", 2, 8, 8])],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    half = to_half(model)
+    casts = [tuple(node.output) for node in half.graph.node if node.op_type == "Cast"]
+    assert casts == [("x/half",), ("a/float",), ("b/half",), ("c/half",), ("y",), ("z",)]
+    x = np.random.default_rng(0).normal(size=(3, 2, 4, 4)).astype(np.float32)
+    for name, array in session(model)({"x": x}).items():
+        np.testing.assert_allclose(session(half)({"x": x})[name], array, rtol=5e-3, atol=5e-3)
+
+
+def test_half_refuses_control_flow() -> None:
+    from onnx import TensorProto, helper
+
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["r"])],
+        "b",
+        [],
+        [helper.make_tensor_value_info("r", TensorProto.FLOAT, [1])],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("If", ["c"], ["y"], "branch", then_branch=branch, else_branch=branch)],
+        "flow",
+        [helper.make_tensor_value_info("c", TensorProto.BOOL, []), helper.make_tensor_value_info("x", 1, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    with pytest.raises(PrecisionError, match=r"branch \(If\): expected a graph without control flow"):
+        to_half(model)
+
+
+def test_emulated_half_rounds_where_the_cpu_does_not(make_model: Model, make_images: Model) -> None:
+    half = to_half(make_model())
+    images = make_images(32)
+    exact, native = session(make_model())({"image": images}), session(half)({"image": images})
+    rounded = session(emulated_half(half))({"image": images})
+    error = {
+        kind: np.abs(out["probabilities"] - exact["probabilities"]).max()
+        for kind, out in {"native": native, "rounded": rounded}.items()
+    }
+    assert 0 < error["rounded"] < 0.01
+    assert error["rounded"] != error["native"]
+
+
+def test_islands_are_found_where_half_overflows(make_model: Model, make_images: Model, task: ModuleType) -> None:
+    model = make_model(gain=2e4, island="Mul")
+    limits = {"max_difference": 0.01, "agreement": 0.95}
+    check = gate(model, task, make_images(32), **limits)
+    half = to_half(model)
+    assert np.isfinite(session(half)({"image": make_images(32)})["probabilities"]).all(), "the CPU hides the overflow"
+    assert check(half).max_difference == {"probabilities": None}
+    made, report, islands = half_with_islands(model, check)
+    assert report.passed
+    assert {"Conv", "Mul", "Relu"} <= set(islands)
+    assert float_compute(made, "fp16") == ["conv"]
+
+
+def test_the_search_for_islands_ends_in_a_failed_report(
+    make_model: Model, make_images: Model, task: ModuleType
+) -> None:
+    check = gate(make_model(), task, make_images(16), max_difference=0.0)
+    _, report, islands = half_with_islands(make_model(), check)
+    assert not report.passed
+    assert islands
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_int8_cpu_quantises_all_that_computes(make_model: Model, make_images: Model, method: str) -> None:
+    made = to_int8(make_model(), "int8-cpu", Split({"image": make_images(20)}, ("image",)), method)
+    onnx.checker.check_model(made, full_check=True)
+    assert float_compute(made, "int8-cpu") == []
+    zero = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
+    activations = [node for node in made.graph.node if node.op_type == "QuantizeLinear"]
+    assert {zero[node.input[2]].dtype for node in activations} == {np.dtype(np.uint8)}
+    assert zero["conv.weight_quantized"].dtype == np.int8
+    assert zero["conv.weight_scale"].shape == (16,)
+    assert edges(make_model()) <= {node.name for node in made.graph.node}
+
+
+def test_int8_trt_is_symmetric_without_quantised_bias_and_half_elsewhere(make_model: Model, make_images: Model) -> None:
+    made = to_int8(make_model(), "int8-trt", Split({"image": make_images(20)}, ("image",)))
+    assert float_compute(made, "int8-trt") == []
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
+    for node in made.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert values[node.input[2]].dtype == np.int8
+            assert not values[node.input[2]].any()
+            assert values[node.input[1]].dtype == np.float16
+    assert not [tensor for tensor in made.graph.initializer if tensor.data_type == onnx.TensorProto.INT32]
+
+
+def test_a_mask_before_softmax_is_not_quantised() -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["scores"], "scores"),
+        helper.make_node("Add", ["scores", "mask"], ["masked"], "mask"),
+        helper.make_node("Softmax", ["masked"], ["weights"], "softmax"),
+        helper.make_node("MatMul", ["weights", "w"], ["y"], "values"),
+    ]
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(8, 8)).astype(np.float32)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "attention",
+        [value("x", TensorProto.FLOAT, ["n", 8]), value("mask", TensorProto.FLOAT, ["n", 8])],
+        [value("y", TensorProto.FLOAT, ["n", 8])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    mask = np.where(np.arange(8) < rng.integers(2, 8, (16, 1)), 0.0, -3e38).astype(np.float32)
+    feeds = {"x": rng.normal(size=(16, 8)).astype(np.float32), "mask": mask}
+    expected = session(model)(feeds)["y"]
+    for kind in ("int8-cpu", "int8-trt"):
+        made = to_int8(model, kind, Split(feeds, ("x", "mask")))
+        assert float_compute(made, kind) == []
+        np.testing.assert_allclose(session(made)(feeds)["y"], expected, atol=0.1)
+
+
+def test_dynamic_int8_of_layers_that_share_a_weight() -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["a"], "first", transB=1),
+        helper.make_node("Gemm", ["a", "w"], ["y"], "second", transB=1),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "tied",
+        [value("x", TensorProto.FLOAT, ["n", 8])],
+        [value("y", TensorProto.FLOAT, ["n", 8])],
+        [numpy_helper.from_array(rng.normal(size=(8, 8)).astype(np.float32), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    x = rng.normal(size=(16, 8)).astype(np.float32)
+    expected, found = session(model)({"x": x})["y"], session(to_dynamic_int8(model))({"x": x})["y"]
+    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+
+
+def test_spread_takes_the_same_even_samples() -> None:
+    split = Split({"x": np.arange(100)}, ("x",))
+    assert list(spread(split, 5).arrays["x"]) == [0, 25, 50, 74, 99]
+    assert spread(split, 1000) is split
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8-cpu", "int8-trt"])
+def test_the_stage_writes_a_gated_artifact(
+    kind: str, onnx_folder: Callable[..., Path], data_folder: Path, task: ModuleType
+) -> None:
+    source = onnx_folder()
+    work = job(kind, source, data_folder)
+    precision.run(work)
+    manifest, origin = artifact.verify(work.out), artifact.read(source)
+    assert manifest.ports == origin.ports
+    assert manifest.files["samples.npz"] == origin.files["samples.npz"]
+    assert manifest.inputs["onnx"]["id"] == origin.id
+    assert manifest.extra["precision"] == kind
+    assert manifest.extra["float_nodes"] == []
+    assert manifest.extra["parameters"] == 500
+    assert manifest.extra["verify"]["samples"] == 24
+    assert set(manifest.metrics) == {"accuracy", "agreement", "max_difference"}
+    if kind == "fp16":
+        assert manifest.extra["fp32_islands"] == []
+    else:
+        assert manifest.extra["calibration"] == {"samples": 32, "method": "minmax"}
+
+
+def test_dynamic_int8_says_what_stayed_float(
+    onnx_folder: Callable[..., Path], data_folder: Path, task: ModuleType
+) -> None:
+    work = job("int8-cpu", onnx_folder(), data_folder, dynamic_int8=True)
+    precision.run(work)
+    extra = artifact.verify(work.out).extra
+    assert extra["float_nodes"] == ["conv"]
+    assert extra["calibration"] == {"samples": 0, "method": "dynamic"}
+
+
+def test_an_impossible_limit_fails_and_leaves_nothing(
+    onnx_folder: Callable[..., Path], data_folder: Path, task: ModuleType
+) -> None:
+    limits = EXPORT["parity"]["limits"] | {"int8-trt": {"max_difference": 1e-9, "agreement": 1.0, "metric_drop": 0.0}}
+    work = job("int8-trt", onnx_folder(), data_folder, parity={"samples": 8, "limits": limits})
+    with pytest.raises(ParityError, match=r"export\.parity\.limits\.int8-trt"):
+        precision.run(work)
+    assert not work.out.exists()
+
+
+def test_precision_never_imports_torch() -> None:
+    code = "import sys, export.precision, export.verify, onnxruntime.quantization; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

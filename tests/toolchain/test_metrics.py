@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from toolchain import metrics
+from toolchain.metrics import MetricError
+
+
+def test_accuracy_is_percent() -> None:
+    assert metrics.accuracy(np.array([0, 1, 2, 2]), np.array([0, 1, 2, 0])) == 75.0
+
+
+def test_top_k_equals_a_sort() -> None:
+    rng = np.random.default_rng(0)
+    probabilities, truth = rng.random((200, 7)).astype(np.float32), rng.integers(0, 7, 200)
+    for k in range(1, 8):
+        naive = np.mean([t in np.argsort(-p, kind="stable")[:k] for p, t in zip(probabilities, truth, strict=True)])
+        assert metrics.top_k(probabilities, truth, k) == pytest.approx(100 * naive)
+    assert metrics.top_k(probabilities, truth, 1) == metrics.accuracy(probabilities.argmax(1), truth)
+
+
+def test_top_k_of_equal_values_is_not_a_gift() -> None:
+    assert metrics.top_k(np.zeros((4, 4)), np.arange(4), 1) == 25.0
+
+
+def test_scores_refuse_what_does_not_fit() -> None:
+    with pytest.raises(MetricError, match="NaN"):
+        metrics.top_k(np.full((2, 3), np.nan), np.array([0, 1]), 1)
+    with pytest.raises(MetricError, match="one shape"):
+        metrics.accuracy(np.zeros(3), np.zeros(4))
+    with pytest.raises(MetricError, match="non-empty"):
+        metrics.agreement(np.zeros(0), np.zeros(0))
+    with pytest.raises(MetricError, match=r"labels in 0\.\.2, found 0\.\.3"):
+        metrics.top_k(np.zeros((2, 3)), np.array([0, 3]), 1)
+
+
+def test_mean_iou_equals_a_naive_loop_and_ignores() -> None:
+    rng = np.random.default_rng(1)
+    truth, found = rng.integers(0, 5, (3, 9, 7)), rng.integers(0, 4, (3, 9, 7))
+    truth[truth == 3] = 11
+    counts = metrics.confusion(found, truth, 6, ignore_index=11)
+    valid = truth != 11
+    ious = []
+    for k in range(6):
+        union = (((found == k) | (truth == k)) & valid).sum()
+        if union:
+            ious.append(((found == k) & (truth == k)).sum() / union)
+    assert len(ious) == 5
+    assert metrics.mean_iou(counts) == pytest.approx(100 * np.mean(ious))
+    assert np.isnan(metrics.class_iou(counts)[5])
+    assert metrics.pixel_accuracy(counts) == pytest.approx(100 * (found == truth)[valid].mean())
+    assert counts.sum() == valid.sum()
+
+
+def test_confusion_refuses_unknown_classes_and_only_ignored() -> None:
+    with pytest.raises(MetricError, match="labels in"):
+        metrics.confusion(np.zeros((1, 2)), np.array([[0, 5]]), 2, 11)
+    with pytest.raises(MetricError, match="predictions in"):
+        metrics.confusion(np.array([[0, 5]]), np.zeros((1, 2)), 2, 11)
+    with pytest.raises(MetricError, match="only ignore_index"):
+        metrics.confusion(np.zeros((1, 2)), np.full((1, 2), 11), 2, 11)
+
+
+def test_agreement_is_a_share() -> None:
+    assert metrics.agreement(np.array([[1, 2], [3, 4]]), np.array([[1, 2], [3, 0]])) == 0.75

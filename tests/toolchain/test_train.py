@@ -1,0 +1,349 @@
+import json
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from tests.toolchain.methods.doubles import TinyBatches, same, student, tiny_run, weights
+from toolchain import checkpoint
+from toolchain.batches import Batches, TrainingError
+from toolchain.config import TrainSection
+from toolchain.distiller import Distiller, Frozen
+from toolchain.methods.plain import Plain
+from toolchain.train import lr_factor, read_metrics
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: what is on disk stays as it is."""
+
+
+class Dying(TinyBatches):
+    """Dies before giving batch number ``after``."""
+
+    def __init__(self, after, **options):
+        super().__init__(**options)
+        self.after = after
+
+    def pick(self, index, epoch):
+        if self.fetched == self.after:
+            raise Killed
+        return super().pick(index, epoch)
+
+
+class Generations(Distiller):
+    """Self-distillation: a Frozen copy refreshed at each epoch's start."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.student, self.teacher = module, Frozen(module)
+
+    def on_epoch_start(self, epoch):
+        if epoch:
+            self.teacher.refresh(self.student)
+
+    def forward(self, batch):
+        out = self.student(batch["image"])
+        loss = nn.functional.cross_entropy(out, batch["label"])
+        return {"loss": loss + nn.functional.mse_loss(out, self.teacher(batch["image"]))}
+
+
+def train(run, make=Plain, batches=None, name="student", score=True, **changes):
+    distiller = make(student())
+    recipe = run.cfg.train.model_copy(update=changes)
+    result = run.stage(name, distiller, batches or run.batches(), recipe, run.scorer() if score else None)
+    return distiller, result
+
+
+def lines(run):
+    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in read_metrics(run).splitlines()]
+
+
+def test_training_learns_and_writes_a_line_per_epoch(tmp_path):
+    run = tiny_run(tmp_path, train={"epochs": 15})
+    distiller, result = train(run)
+    found = [json.loads(line) for line in read_metrics(run).splitlines()]
+    assert [line["epoch"] for line in found] == list(range(1, 16))
+    assert found[-1]["step"] == 15 * 4
+    assert found[-1]["loss"] < found[0]["loss"] / 2
+    assert found[-1]["val"]["accuracy"] > 90
+    assert {"stage", "lr", "accuracy", "grad_norm", "seconds", "samples_per_second"} <= found[0].keys()
+    assert result is distiller.student
+    assert not result.training
+    assert not (tmp_path / "student").exists()
+    assert run.records[0]["best_epoch"] == 15
+
+
+@pytest.mark.parametrize("make", [Plain, Generations])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path, make, accumulate):
+    settings = {"select": "best", "accumulate": accumulate}
+    whole = tiny_run(tmp_path / "whole", train=settings)
+    expected = weights(train(whole, make)[0])
+    killed = tiny_run(tmp_path / "killed", train=settings)
+    deaths = 0
+    for after in (0, 1, 2, 3, 5, 4, 2):
+        try:
+            train(killed, make, Dying(after))
+            break
+        except Killed:
+            deaths += 1
+    found = weights(train(killed, make)[0])
+    assert deaths >= 5
+    assert same(expected, found)
+    assert lines(whole) == lines(killed)
+
+
+def test_a_process_killed_by_sigkill_resumes(tmp_path):
+    script = textwrap.dedent("""
+        import os, signal, sys
+        from pathlib import Path
+        from tests.toolchain.methods.doubles import *
+        from toolchain.methods.plain import Plain
+        class Killing(TinyBatches):
+            def pick(self, index, epoch):
+                if self.fetched == 6:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().pick(index, epoch)
+        run = tiny_run(Path(sys.argv[1]), batches=Killing())
+        run.stage("student", Plain(student()), run.batches(), run.cfg.train, run.scorer())
+    """)
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed")], cwd=root, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert list((tmp_path / "killed" / "student").glob("*.safetensors"))
+    found, expected = train(tiny_run(tmp_path / "killed"))[0], train(tiny_run(tmp_path / "whole"))[0]
+    assert same(weights(expected), weights(found))
+
+
+def test_ctrl_c_saves_and_propagates(tmp_path):
+    class Interrupting(TinyBatches):
+        def pick(self, index, epoch):
+            if self.fetched == 5:
+                signal.raise_signal(signal.SIGINT)
+            return super().pick(index, epoch)
+
+    settings = {"checkpoint_seconds": 1000}
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_run(tmp_path / "a", train=settings), batches=Interrupting())
+    assert signal.getsignal(signal.SIGINT) is handler
+    entry = next(iter(checkpoint.read(tmp_path / "a" / "student")))
+    assert entry.state["step"] == 6
+    found, expected = train(tiny_run(tmp_path / "a")), train(tiny_run(tmp_path / "b"))
+    assert same(weights(expected[1]), weights(found[1]))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_older_one_then_to_a_new_start(tmp_path, capsys):
+    expected = weights(train(tiny_run(tmp_path / "whole"))[0])
+    for bad in (1, 2):
+        run = tiny_run(tmp_path / f"bad{bad}")
+        run.quiet = False
+        with pytest.raises(Killed):
+            train(run, batches=Dying(7))
+        files = sorted((run.work / "student").glob("*.safetensors"), reverse=True)
+        assert [file.stem for file in files] == ["checkpoint-000000007", "checkpoint-000000006"]
+        for file in files[:bad]:
+            content = bytearray(file.read_bytes())
+            content[-5] ^= 1
+            file.write_bytes(content)
+        assert same(expected, weights(train(run)[0]))
+        said = capsys.readouterr().err
+        assert "is damaged" in said
+        assert ("resumed at step 6" in said) == (bad == 1)
+
+
+def test_a_checkpoint_of_another_start_is_not_used(tmp_path, capsys):
+    run = tiny_run(tmp_path)
+    run.quiet = False
+    with pytest.raises(Killed):
+        train(run, batches=Dying(7))
+    changed = train(run, lr=0.02)[0]
+    assert "of another config or start; not used" in capsys.readouterr().err
+    assert same(weights(changed), weights(train(tiny_run(tmp_path / "b"), lr=0.02)[0]))
+
+
+def test_finished_stages_are_not_repeated(tmp_path):
+    def two_stages(run, first, second):
+        start, final = Plain(student(1)), Plain(student(2))
+        run.stage("first", start, first, run.cfg.train, run.scorer())
+        return start, run.stage("second", final, second, run.cfg.train, run.scorer())
+
+    expected = two_stages(tiny_run(tmp_path / "whole"), TinyBatches(), TinyBatches())
+    with pytest.raises(Killed):
+        two_stages(tiny_run(tmp_path / "killed"), TinyBatches(), Dying(6))
+    never, resumed = Dying(0), TinyBatches()
+    run = tiny_run(tmp_path / "killed")
+    found = two_stages(run, never, resumed)
+    assert [same(weights(a), weights(b)) for a, b in zip(expected, found, strict=True)] == [True, True]
+    assert resumed.fetched == 3 * 4 - 6
+    assert [record["name"] for record in run.records] == ["first", "second"]
+    assert {line["stage"] for line in lines(run)} == {"first", "second"}
+
+
+def test_a_damaged_finished_stage_is_trained_again(tmp_path, capsys):
+    run = tiny_run(tmp_path)
+    expected = weights(train(run)[0])
+    (tmp_path / "stages" / "student" / "model.safetensors").write_bytes(b"gone")
+    run.quiet = False
+    assert same(expected, weights(train(run)[0]))
+    assert "cannot be used, training anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, poison):
+    class Poisoned(Plain):
+        def forward(self, batch):
+            out = super().forward(batch)
+            if self.progress * 12 > 4.5:
+                value = self.student.linear.bias.sum()
+                out["loss"] = out["loss"] + (value * float("nan") if poison == "loss" else (value * 0).sqrt())
+            return out
+
+    what = "loss" if poison == "loss" else "grad_norm"
+    with pytest.raises(TrainingError, match=rf"stage student, epoch 2, step 6: expected {what} to be finite") as caught:
+        train(tiny_run(tmp_path), Poisoned)
+    kept = tmp_path / "student" / "checkpoint-000000005.safetensors"
+    assert str(kept) in str(caught.value)
+    assert all(value.isfinite().all() for name, value in load_file(kept).items() if name.startswith("model."))
+
+
+def test_best_epoch_is_selected_by_the_first_score_in_the_tasks_direction(tmp_path):
+    def scored(values):
+        rest = iter(values)
+        states = []
+
+        def score(module):
+            states.append(weights(module))
+            return {"error": next(rest)}
+
+        return score, states
+
+    for higher, best in ((True, 0), (False, 1)):
+        run = tiny_run(tmp_path / str(higher))
+        run.task.HIGHER_IS_BETTER = higher
+        score, states = scored([3.0, 1.0, 2.0])
+        result = run.stage("s", Plain(student()), run.batches(), run.cfg.train.model_copy(update={"select": "best"}), score)
+        assert same(states[best], weights(result))
+        assert run.records[0]["best_epoch"] == best + 1
+    with pytest.raises(TrainingError, match="needs a score"):
+        train(tiny_run(tmp_path / "none"), score=False, select="best")
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
+    class Linear(Plain):
+        def __init__(self, module):
+            super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)))
+            with torch.no_grad():
+                self.student[1].weight.fill_(0.01)
+                self.student[1].bias.zero_()
+
+    large = train(tiny_run(tmp_path / "a"), Linear, TinyBatches(12))[0]
+    small = train(tiny_run(tmp_path / "b"), Linear, TinyBatches(4), accumulate=3)[0]
+    for a, b in zip(large.parameters(), small.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_teachers_and_unequal_learning_rates(tmp_path):
+    class Unequal(Plain):
+        def __init__(self, module):
+            super().__init__(module)
+            self.teacher = Frozen(module)
+
+        def param_groups(self, lr):
+            slow, fast = self.student.body.parameters(), self.student.linear.parameters()
+            return [{"params": list(slow), "lr": 0.0}, {"params": list(fast), "lr": lr}]
+
+    before = weights(student())
+    distiller, after = train(tiny_run(tmp_path), Unequal)
+    after = weights(after)
+    assert (before["body.0.weight"] == after["body.0.weight"]).all()
+    assert (before["linear.weight"] != after["linear.weight"]).any()
+    assert same(before, weights(distiller.teacher.module))
+
+
+def test_random_numbers_do_not_depend_on_whether_a_stage_ran_or_was_loaded(tmp_path):
+    train(tiny_run(tmp_path))
+    ran = torch.rand(3)
+    train(tiny_run(tmp_path))
+    assert torch.equal(ran, torch.rand(3))
+
+
+def test_nothing_to_train_is_an_error(tmp_path):
+    frozen = student().requires_grad_(False)
+    run = tiny_run(tmp_path)
+    with pytest.raises(TrainingError, match="nothing to train"):
+        run.stage("student", Plain(frozen), run.batches(), run.cfg.train)
+
+
+def test_bf16_trains_in_the_same_process_as_fp32(tmp_path):
+    train(tiny_run(tmp_path / "a"))
+    found = train(tiny_run(tmp_path / "b"), precision="bf16")[1]
+    assert all(value.isfinite().all() and value.dtype != torch.bfloat16 for value in found.state_dict().values())
+
+
+def test_one_cycle_is_torchs():
+    recipe = TrainSection(schedule="one_cycle", warmup=0.3)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    reference = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=50, pct_start=0.3, cycle_momentum=False)
+    for step in range(50):
+        assert lr_factor(recipe, step, 50) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "one_cycle"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 1.0])
+def test_schedules_rise_to_the_peak_and_fall(schedule, warmup):
+    recipe = TrainSection(schedule=schedule, warmup=warmup)
+    for total in (1, 2, 7, 40):
+        factors = [lr_factor(recipe, step, total) for step in range(total)]
+        assert all(0 < factor <= 1 for factor in factors)
+    if warmup == 0.1:
+        assert factors[0] < factors[3]
+        assert max(factors[:6]) == pytest.approx(1, abs=0.01)
+        assert (factors[-1] < 0.05) == (schedule != "constant")
+
+
+def test_batches_are_the_epochs_alone_and_cover_every_sample():
+    def indices(epoch, start=0):
+        return [b["index"].tolist() for b in Batches(10, 3, fetch, seed=1).epoch(epoch, start)]
+
+    def fetch(index, epoch):
+        return {"index": torch.from_numpy(index)}
+
+    assert indices(4) == indices(4)
+    assert indices(4) != indices(5)
+    assert indices(4, 2) == indices(4)[2:]
+    seen = [i for batch in indices(0) for i in batch]
+    assert len(set(seen)) == len(seen) == 9
+    assert len(Batches(2, 3, fetch)) == 1
+
+
+def test_processes_share_each_batch(tmp_path):
+    halves = []
+    for rank in (0, 1):
+        batches = Batches(8, 4, lambda index, epoch: {"index": torch.from_numpy(index)})
+        batches.rank, batches.world = rank, 2
+        halves.append([b["index"].tolist() for b in batches.epoch(0)])
+    whole = [b["index"].tolist() for b in Batches(8, 4, lambda i, e: {"index": torch.from_numpy(i)}).epoch(0)]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole
+
+
+def test_checkpoints_are_tensors_and_json_two_kept_leftovers_removed(tmp_path):
+    (tmp_path / ".checkpoint-000000001.safetensors.99.tmp").write_bytes(b"killed")
+    tied = torch.ones(2)
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, step, {"a": tied, "b": tied}, {"step": step})
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [f"checkpoint-{step:09d}.{kind}" for step in (2, 3) for kind in ("json", "safetensors")]
+    (tmp_path / "checkpoint-000000003.json").write_text('{"state": {}}')
+    broken, good = checkpoint.read(tmp_path)
+    assert "is damaged" in broken
+    assert good.state == {"step": 2}
+    assert torch.equal(good.tensors["b"], tied)
