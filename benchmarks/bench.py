@@ -53,7 +53,7 @@ class Row:
 
 
 def subjects(inputs: Mapping[str, Path]) -> list[Row]:
-    """The models among a job's inputs, in the order of the chain: first the exported teacher, else the teacher itself."""
+    """The models among a job's inputs, in the order of the chain: first the exported teacher, or the teacher."""
     found = []
     for role, folder in inputs.items():
         manifest = artifact.read(folder)
@@ -83,6 +83,8 @@ def run(job: Job) -> None:
         for row in rows:
             _start(row, settings, data)
         alive = [row.worker for row in rows if row.worker is not None]
+        if not alive:
+            raise EdgestillError("nothing could be measured: " + "; ".join(f"{row.name}: {row.reason}" for row in rows))
         with progress("latency, interleaved", ticks(len(alive), settings)) as bar:
             measured = measure(alive, settings, bar.advance)
         results = _results(job, rows, measured)
@@ -258,17 +260,17 @@ def protocol(settings: Mapping[str, Any], samples: int) -> list[str]:
     batches = ", ".join(map(str, sorted(settings["batches"])))
     text = [
         (
-            f"Latency: batches {batches}; {settings['threads']} threads; ONNX Runtime on {settings['provider']}; one host "
-            "clock (perf_counter_ns) from numpy inputs ready on the host to numpy outputs on the host, so that "
+            f"Latency: batches {batches}; {settings['threads']} threads; ONNX Runtime on {settings['provider']}; one "
+            "host clock (perf_counter_ns) from numpy inputs ready on the host to numpy outputs on the host, so that "
             "normalisation and decoding, which are in the graph, are included, and copies to a GPU too."
         ),
         (
-            f"Each model runs in a process of its own; only one works at a time; {settings['rounds']} interleaved rounds "
-            f"(A B C A B C) share {settings['seconds']:g} s per model and batch."
+            f"Each model runs in a process of its own; only one works at a time; {settings['rounds']} interleaved "
+            f"rounds (A B C A B C) share {settings['seconds']:g} s per model and batch."
         ),
         (
-            f"Warm-up: at least {settings['warmup_ms']:g} ms and until the rolling median moves by no more than 2 %, at "
-            "most five times as long; before every round a tenth of it again."
+            f"Warm-up: at least {settings['warmup_ms']:g} ms and until the rolling median moves by no more than 2 %, "
+            "at most five times as long; before every round a fifth of it again."
         ),
         "Inputs are real samples of the test split, in rotation." if samples else "Inputs are real samples.",
         "Intervals are 95 % order-statistic intervals over calls; that of p50 also covers the median of every round. "
@@ -282,11 +284,11 @@ def protocol(settings: Mapping[str, Any], samples: int) -> list[str]:
     ]
     if settings["paced_seconds"]:
         text.append(
-            f"Paced: a frame arrives {settings['paced_fps']:g} times a second for {settings['paced_seconds']:g} s, idle "
-            "in between as behind a camera; latency counts from the arrival, and above 1/fps the deadline is missed."
+            f"Paced: a frame arrives {settings['paced_fps']:g} times a second for {settings['paced_seconds']:g} s, "
+            "idle in between as behind a camera; latency counts from the arrival; above 1/fps the deadline is missed."
         )
     if samples:
-        text.append(f"Accuracy and agreement: all {samples} samples of the test split, every row on the same samples.")
+        text.append(f"Accuracy and agreement: all {samples} test samples, the same for every row.")
     return text
 
 

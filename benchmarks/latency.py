@@ -132,7 +132,8 @@ class Subject:
 
     def warm(self, batch: int, ms: float) -> dict[str, Any]:
         """Call for ``ms`` and until the rolling median is stationary, or five times as long."""
-        feeds, taken, stationary = self.batches(batch), [], False
+        feeds, stationary = self.batches(batch), False
+        taken: list[int] = []
         start = time.perf_counter()
         while True:
             taken.append(self.once(feeds[len(taken) % len(feeds)]))
@@ -413,7 +414,7 @@ def _sweep(
             warmed[worker.name] = answer
             if found[worker.name].first_call_ms is None:
                 found[worker.name].first_call_ms = answer.pop("first_call_ms")
-    part = {"seconds": settings["seconds"] / settings["rounds"], "settle_ms": settings["warmup_ms"] / 10}
+    part = {"seconds": settings["seconds"] / settings["rounds"], "settle_ms": settings["warmup_ms"] / 5}
     for _ in range(settings["rounds"]):
         for worker in workers:
             if (answer := attempt(worker, "time", **part)) is not None:

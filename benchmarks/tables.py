@@ -153,8 +153,8 @@ def notes(value: Mapping[str, Any]) -> list[str]:
     settings, batch = value.get("settings", {}), first_batch(value["rows"])
     text = [
         (
-            f"Latency: batch {batch}, {settings.get('threads', '?')} threads, {device(value['environment'])}, numpy to numpy."
-            " Change and agreement: against the student in PyTorch. Speed-up: against the first row."
+            f"Latency: batch {batch}, {settings.get('threads', '?')} threads, {device(value['environment'])}, numpy "
+            "to numpy. Change and agreement: against the student in PyTorch. Speed-up: against the first row."
         )
     ]
     if any((row.get("latency") or {}).get(batch, {}).get("noisy") for row in value["rows"]):
@@ -164,7 +164,8 @@ def notes(value: Mapping[str, Any]) -> list[str]:
 
 def reasons(value: Mapping[str, Any]) -> list[str]:
     """Why rows are missing."""
-    return [f"{row['name']} {row['status']}: {row['reason']}" for row in value["rows"] if row["status"] != "ok"]
+    missing = [row for row in value["rows"] if row["status"] != "ok"]
+    return [f"{row['name']} {row['status']}: {' '.join(str(row['reason']).split())}" for row in missing]
 
 
 def device(environment: Mapping[str, Any]) -> str:

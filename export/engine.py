@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from toolchain import artifact
 from toolchain.artifact import EdgestillError
-from toolchain.tensorrt_runtime import this_platform
+from toolchain.tensorrt_runtime import logger, this_platform
 
 if TYPE_CHECKING:
     from toolchain.stage import Job
@@ -104,13 +104,14 @@ def build(
     if not onnx_path.is_file():
         raise EngineError(f"{onnx_path}: expected an ONNX file, found none; give an onnx folder made by edgestill")
     name, trt = backend_module(backend)
-    log = _logger(trt)
+    log = logger(trt)
+    log.errors.clear()
     builder = trt.Builder(log)
     network = builder.create_network(_strongly_typed(trt, name))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(onnx_path)):
         reasons = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
-        raise EngineError(f"{onnx_path}: {name} {trt.__version__} cannot parse it: {'; '.join(reasons) or log.said()}")
+        raise EngineError(f"{onnx_path}: {name} {trt.__version__} cannot parse it: {'; '.join(reasons) or _said(log)}")
     layers: dict[str, Any] = {
         "source": "network",
         "note": "types of the parsed, strongly typed network, which the builder may fuse but not change",
@@ -134,7 +135,7 @@ def build(
     seconds = time.perf_counter() - start
     if plan is None:
         raise EngineError(
-            f"{onnx_path}: {name} {trt.__version__} could not build it for {', '.join(targets)}: {log.said()}; "
+            f"{onnx_path}: {name} {trt.__version__} could not build it for {', '.join(targets)}: {_said(log)}; "
             "try another precision or target, or a larger compile.workspace_mb"
         )
     if timing_cache and name == "tensorrt":
@@ -166,22 +167,8 @@ def _strongly_typed(trt: Any, backend: str) -> int:
     return 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
-def _logger(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors, for the message of the exception."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.errors.append(message.strip())
-
-        def said(self) -> str:
-            return "; ".join(dict.fromkeys(self.errors)) or "it gave no reason"
-
-    return Log()
+def _said(log: Any) -> str:
+    return "; ".join(dict.fromkeys(error.strip() for error in log.errors)) or "it gave no reason"
 
 
 def _monitor(trt: Any, bar: Bar) -> Any:
@@ -214,7 +201,7 @@ def _monitor(trt: Any, bar: Bar) -> Any:
 
 
 def _parser_error(error: Any) -> str:
-    what = error.desc()
+    what = " ".join(line for line in error.desc().splitlines() if not line.startswith("[checkMacros"))
     name = getattr(error, "node_name", lambda: "")()
     kind = getattr(error, "node_operator", lambda: "")()
     return f"{name or 'graph'}{f' ({kind})' if kind else ''}: {what}"
@@ -313,7 +300,7 @@ def inspect(trt: Any, log: Any, plan: bytes) -> dict[str, Any]:
     """The engine's own account of its layers. Needs a GPU of the engine's kind. Raises EngineError."""
     engine = trt.Runtime(log).deserialize_cuda_engine(plan)
     if engine is None:
-        raise EngineError(f"the engine just built does not load here: {log.said()}")
+        raise EngineError(f"the engine just built does not load here: {_said(log)}")
     account: dict[str, Any] = json.loads(
         engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     )

@@ -22,14 +22,13 @@ import numpy as np
 from export.half import COMPUTE, ISLANDS, PrecisionError, edges, emulated_half, has_half, name_nodes, to_half
 from export.verify import Arrays, Report, compare, predict
 from toolchain import artifact, runtime
+from toolchain.onnx_runtime import CRASHES
 from toolchain.stage import Job, console, main, progress
 from toolchain.tasks import Split, load_data, load_task
 
 BATCH = 64
 # Of int8-trt, whose scales are half: below this, half's spacing would be coarser than int8's own rounding.
 LEAST_SCALE = 1e-5
-# ONNX Runtime 1.31 dies of a segmentation fault in this optimizer on half transformer graphs.
-CRASHES = "FuseFp16InitializerToFp32NodeTransformer"
 # What ONNX Runtime's CPU kernels gain from; softmax, sigmoid and normalisations would lose more than they gain.
 CPU_OPS = (
     *COMPUTE,

@@ -116,7 +116,7 @@ Target = Annotated[str, Field(pattern=r"^sm_\d{2,3}$")]
 class CompileSection(Section):
     backend: Literal["auto", "tensorrt", "tensorrt-rtx", "none"] = "auto"
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] = ("sm_86",)
-    precisions: tuple[Precision, ...] = ("fp16", "int8-trt")
+    precisions: tuple[Literal["fp32", "fp16", "int8-trt"], ...] = ("fp16", "int8-trt")
     batch: Range = Range()
     shapes: dict[str, Range] = Field(default_factory=dict)
     workspace_mb: Positive = 1024
@@ -359,8 +359,8 @@ def _section(model: type[BaseModel], value: Any, where: tuple[Any, ...], faults:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        for entry in error.errors(include_url=False):
-            faults.append(((*where, *_path(entry["loc"])), _explain(model, entry)))
+        found = error.errors(include_url=False)
+        faults.extend(((*where, *_path(entry["loc"])), _explain(model, entry)) for entry in found)
         return None
     except RecursionError:
         faults.append((where, "nested too deeply"))

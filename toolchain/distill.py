@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from accelerate import PartialState
+from torch import nn
 
 from toolchain.artifact import create, remove, versions
 from toolchain.checkpoint import save_tensors
-from toolchain.config import validate
+from toolchain.config import Config, validate
 from toolchain.stage import Job, console, main
-from toolchain.tasks import load_data
+from toolchain.tasks import Data, load_data
 from toolchain.train import Run, read_metrics
 
 
@@ -20,30 +23,45 @@ def load_method(name: str) -> ModuleType:
     return importlib.import_module(name if "." in name else f"toolchain.methods.{name}")
 
 
-def run(job: Job) -> None:
-    """Inputs: ``data``; with a teacher ``features`` and ``teacher``. Resumes, see ``toolchain.train``."""
-    cfg = validate({"name": "student"} | job.config)
-    data = load_data(job.inputs["data"])
-    this = Run(cfg, data, job.inputs, job.work)
+@dataclass(frozen=True)
+class Trained:
+    """A student, its scores on the validation split, and the run that made it."""
+
+    student: nn.Module
+    val: dict[str, float]
+    run: Run
+
+
+def train_student(cfg: Config, data: Data, inputs: dict[str, Path], work: Path) -> Trained:
+    """The config's method, from start or from where a killed training under ``work`` stopped."""
+    this = Run(cfg, data, inputs, work)
     student = load_method(cfg.method.name).distill(cfg, this)
-    parameters = sum(parameter.numel() for parameter in student.parameters())
     val = {name: float(value) for name, value in this.scorer()(student).items()}
+    return Trained(student, val, this)
+
+
+def run(job: Job) -> None:
+    """Inputs: ``data`` and, with a teacher, ``features`` and ``teacher``. Resumes, see ``toolchain.train``."""
+    data = load_data(job.inputs["data"])
+    trained = train_student(validate({"name": "student"} | job.config), data, job.inputs, job.work)
     if not PartialState().is_main_process:
         return
+    records = trained.run.records
+    parameters = sum(parameter.numel() for parameter in trained.student.parameters())
     with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
-        save_tensors(draft.path / "model.safetensors", student.state_dict())
-        (draft.path / "train.jsonl").write_text(read_metrics(this), encoding="utf-8")
-        draft.metrics = {"val": val}
+        save_tensors(draft.path / "model.safetensors", trained.student.state_dict())
+        (draft.path / "train.jsonl").write_text(read_metrics(trained.run), encoding="utf-8")
+        draft.metrics = {"val": trained.val}
         draft.versions = versions("torch", "accelerate", "safetensors", "timm", "numpy")
         draft.extra = {
             "info": data.info,
-            "method": cfg.method.name,
+            "method": trained.run.cfg.method.name,
             "parameters": parameters,
-            "stages": this.records,
-            "best_epoch": this.records[-1]["best_epoch"] if this.records else None,
+            "stages": records,
+            "best_epoch": records[-1]["best_epoch"] if records else None,
         }
     remove(job.work)
-    headline, value = next(iter(val.items()))
+    headline, value = next(iter(trained.val.items()))
     console.print(f"    student: {parameters:,} parameters, validation {headline} {value:.2f}", markup=False)
 
 

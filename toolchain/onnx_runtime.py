@@ -29,6 +29,7 @@ from toolchain.runtime import (
     import_or_explain,
 )
 
+CRASHES = "FuseFp16InitializerToFp32NodeTransformer"  # ORT 1.31 dies in it on half-precision transformers
 HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Attention", "LSTM", "GRU"}
 PLANS = 16  # input signatures kept per thread
 COPIED = 1 << 17  # bytes; larger arrays on the host are bound where they lie, which then costs less than a copy
@@ -90,7 +91,11 @@ class OnnxRuntime(Runtime):
         asked = PROVIDERS[provider]
         try:
             self._session = ort.InferenceSession(
-                str(folder / "model.onnx"), options, [(name, settings) for name in asked], enable_fallback=0
+                str(folder / "model.onnx"),
+                options,
+                [(name, settings) for name in asked],
+                disabled_optimizers=[CRASHES] if provider == "cpu" else None,
+                enable_fallback=0,
             )
         except Exception as error:
             raise RuntimeLoadError(

@@ -59,7 +59,9 @@ def plan(cfg: Config) -> list[Stage]:
     """The stages of a config, in order."""
     sections = cfg.section
     task = load_task(cfg.task)
-    stages = [Stage("data", "toolchain.stages", sections("task", "data"))]
+    state = task.source_state(cfg.data)
+    read = sections("task", "data") | ({"source_state": state} if state else {})
+    stages = [Stage("data", "toolchain.stages", read)]
     taught = list(task.STAGES) if cfg.teacher is not None else []
     for name in taught:
         inputs = {stage.name: stage.name for stage in stages}
@@ -138,7 +140,7 @@ class Pipeline:
         self.stages = plan(cfg) if stages is None else list(stages)
 
     def run(self, last: str | None = None) -> Outcome:
-        """Make every stale stage, up to ``last``. Raises StageError; EdgestillError when another run is at work here."""
+        """Make every stale stage, up to ``last``. Raises StageError; EdgestillError when another run works here."""
         names = [stage.name for stage in self.stages]
         stages = self.stages[: names.index(last) + 1] if last else self.stages
         if faults := missing_packages([*stages, *([] if last else measure(self.cfg, stages, {}))]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from toolchain.artifact import create, versions
 from toolchain.config import validate_section
-from toolchain.stage import Job, main
+from toolchain.stage import Job, console, main
 from toolchain.tasks import load_task, save_data
 
 
@@ -19,6 +19,8 @@ def run(job: Job) -> None:
         save_data(draft.path, data)
         draft.metrics = {"samples": {name: len(split) for name, split in data.splits.items()}}
         draft.versions = versions("numpy", "pillow", "scikit-learn")
+    if note := data.info.get("note"):
+        console.print(f"    note: {note}", style="yellow", markup=False)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import itertools
 import json
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,13 +21,11 @@ from pydantic import Field
 
 from toolchain import artifact
 from toolchain.artifact import EdgestillError, digest
-from toolchain.config import Config, ConfigError, allowed, apply_overrides, read_yaml, validate, validate_section
-from toolchain.pipeline import Pipeline, StageError, perform, plan, resumable
+from toolchain.config import Config, ConfigError, apply_overrides, read_yaml, validate, validate_section
+from toolchain.pipeline import Pipeline, perform, plan, resumable
 from toolchain.section import Section
 from toolchain.stage import Job, console, main
-from toolchain.tasks import load_data, load_task
-
-FILLED = {"name", "seed"}
+from toolchain.tasks import load_data
 
 
 class StudySection(Section):
@@ -121,8 +118,6 @@ def _lines(results: Path) -> Iterator[str]:
 def run(path: Path, overrides: Sequence[str], out: Path, work: Path, *, dry_run: bool = False) -> dict[str, Any]:
     """Run what is left of a study and append its rows to ``out/<study>.jsonl``."""
     study, planned = rows(path, overrides)
-    if not study.methods.keys():
-        raise ConfigError(f"{path}: {allowed('methods', list(StudySection.model_fields))}")
     results = out / f"{study.study}.jsonl"
     finished = done(results)
     left = [row for row in planned if row.key not in finished]
@@ -191,7 +186,7 @@ def work_off(job: Job) -> None:
         start = time.perf_counter()
         folder = job.work / f"{item['dataset']}-{item['method']}-{item['seed']}-{item['sha256'][:8]}"
         trained = train_student(cfg, data, job.inputs, folder)
-        test = load_task(cfg.task).evaluate(trained.student, cfg, data, "test")
+        test = {name: float(value) for name, value in trained.run.scorer("test")(trained.student).items()}
         row = {
             "study": job.config["study"],
             "method": item["method"],
@@ -234,6 +229,4 @@ def device() -> str:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        raise StageError("started by `edgestill study`")
     main(work_off)

@@ -116,9 +116,9 @@ class Run:
         """The task's training batches, with what is ``wanted`` of the teacher's (for images ``tokens``, ...)."""
         return self.task.batches(self, *wanted)
 
-    def scorer(self) -> Score:
-        """The task's score of a module on the validation split."""
-        score: Score = self.task.scorer(self)
+    def scorer(self, split: str = "val") -> Score:
+        """The task's score of a module on a split."""
+        score: Score = self.task.scorer(self, split)
         return score
 
     def seed(self, *names: str) -> None:
@@ -407,7 +407,9 @@ class _Training:
         self.epoch, self.step, self.lines = state["epoch"], state["step"], state["lines"]
         self.sums, self.seconds, self.best = state["sums"], state["seconds"], state["best"]
         rank = self.accelerator.process_index
-        checkpoint.set_rng_states({name: value[rank] for name, value in checkpoint.under(tensors, "rng.").items()})
+        checkpoint.set_rng_states(
+            {name: value[rank].clone() for name, value in checkpoint.under(tensors, "rng.").items()}
+        )
         if self.accelerator.is_main_process:
             kept = self.metrics.read_bytes().splitlines(keepends=True)[: self.lines] if self.lines else []
             temporary = self.metrics.with_suffix(".tmp")

@@ -103,7 +103,7 @@ def test_the_whole_chain_is_measured_and_what_cannot_run_says_why(tmp_path: Path
     assert sum(map(len, raw["onnx"]["latency_ns"]["1"])) == exact["latency"]["1"]["calls"]
     with np.load(job.out / "shown.npz") as shown, np.load(job.out / "shown-teacher.npz") as teacher:
         assert len(shown["index"]) == len(teacher["label"]) == 24
-    assert any("90 samples of the test split" in line for line in value["protocol"])
+    assert any("90 test samples" in line for line in value["protocol"])
 
 
 def test_loose_folders_give_latency_alone(tmp_path: Path) -> None:
@@ -121,6 +121,9 @@ def test_nothing_to_measure_is_an_error(tmp_path: Path) -> None:
     config = write_run(tmp_path)
     with pytest.raises(EdgestillError, match="no model among data"):
         bench.run(Job("bench", tmp_path / "b", config["config"], {"data": tmp_path / "data"}))
+    with pytest.raises(EdgestillError, match="nothing could be measured: engine: "):
+        bench.run(Job("bench", tmp_path / "b", config["config"], {"engine": tmp_path / "engine-sm_86-fp16"}))
+    assert not (tmp_path / "b").exists()
 
 
 def test_an_engine_is_predicted_within_its_profile(tmp_path: Path) -> None:

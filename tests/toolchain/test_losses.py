@@ -14,7 +14,9 @@ LABEL[0, 0] = 255
 
 
 def positions(ignore):
-    return [(b, i, j) for b in range(3) for i in range(2) for j in range(5) if ignore is None or LABEL[b, i, j] != ignore]
+    return [
+        (b, i, j) for b in range(3) for i in range(2) for j in range(5) if ignore is None or LABEL[b, i, j] != ignore
+    ]
 
 
 def log_softmax(values):

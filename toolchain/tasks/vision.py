@@ -6,13 +6,14 @@ Imports numpy and pydantic only; the functions at the end import torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from toolchain.artifact import EdgestillError
+from toolchain.artifact import EdgestillError, digest
 from toolchain.methods.options import NEEDS_TEACHER
 from toolchain.section import Section
 
@@ -255,11 +256,27 @@ def batches(run: Any, *wanted: str) -> Any:
     return vision_batches.batches(run, *wanted)
 
 
-def scorer(run: Any) -> Any:
-    """A function from a module to its scores on the validation split of a run."""
+def scorer(run: Any, split: str = "val") -> Any:
+    """A function from a module to its scores on a split of a run's data."""
     from toolchain.tasks import vision_batches
 
-    return vision_batches.scorer(run)
+    return vision_batches.scorer(run, split)
+
+
+def hookable(config: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, type, output shape) of every layer that ``teacher.taps`` can name."""
+    from toolchain.tasks import teacher_net
+
+    return teacher_net.hookable_layers(config.teacher)
+
+
+def source_state(section: DataBase) -> str | None:
+    """A digest of names, sizes and times of the user's own files, so that a changed folder is read again."""
+    place = section.path or getattr(section, "dataset", None)
+    if section.source not in ("folder", "huggingface") or not place or not Path(place).is_dir():
+        return None
+    files = [(str(path), path.stat()) for path in sorted(Path(place).rglob("*")) if path.is_file()]
+    return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files])
 
 
 def dry_run(config: Any, data: Data) -> dict[str, str]:

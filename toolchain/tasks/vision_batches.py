@@ -153,9 +153,9 @@ def batches(run: Run, *wanted: str) -> VisionBatches:
     return VisionBatches(run, wanted)
 
 
-def scorer(run: Run) -> Callable[[nn.Module], dict[str, float]]:
-    """A function that scores a module (normalised images to logits) on the validation split with the task's metrics."""
-    split, device = run.data.splits["val"], run.device
+def scorer(run: Run, name: str = "val") -> Callable[[nn.Module], dict[str, float]]:
+    """A function that scores a module (normalised images to logits) on a split with the task's metrics."""
+    split, device = run.data.splits[name], run.device
     normalise = Normalise(run.data.info).to(device)
 
     @torch.inference_mode()

@@ -44,7 +44,7 @@ def normalise(image: Tensor, info: Mapping[str, Any]) -> Tensor:
 
 
 def _affine(image: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-    return image.permute(0, 3, 1, 2).float() * scale[:, None, None] + offset[:, None, None]
+    return image.float().permute(0, 3, 1, 2) * scale[:, None, None] + offset[:, None, None]
 
 
 class Normalise(nn.Module):

@@ -91,10 +91,12 @@ def tiny_run(
 ) -> Run:
     """A Run on tiny data in this process."""
     torch.set_num_threads(1)
-    recipe = TrainSection(**({"epochs": 3, "batch_size": 8, "lr": 0.01, "checkpoint_seconds": 1e-9} | dict(train or {})))
+    recipe = TrainSection(
+        **({"epochs": 3, "batch_size": 8, "lr": 0.01, "checkpoint_seconds": 1e-9} | dict(train or {}))
+    )
     shown = samples(COUNT, dense)
 
-    def scorer(run: Run) -> Any:
+    def scorer(run: Run, split: str = "val") -> Any:
         @torch.no_grad()
         def score(module: nn.Module) -> dict[str, float]:
             right = module.eval()(shown["image"]).argmax(1) == shown["label"]

@@ -138,7 +138,7 @@ def test_features_go_on_after_a_kill_at_the_last_finished_view(
 def test_the_reference_teacher_learns_and_says_what_its_probe_says(root: Path) -> None:
     manifest, data, cached = artifact.read(root / "teacher"), load_data(root / "data"), opened(root)
     first = next(iter(manifest.metrics["val"].values()))
-    assert first > 50, manifest.metrics
+    assert first > 40, manifest.metrics
     model, probe = load_teacher(root / "teacher"), load_probe(root / "teacher")
     source = cached.val_taps if cached.val_pooled is None else cached.val_pooled
     with torch.no_grad():
