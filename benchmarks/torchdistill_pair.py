@@ -1,6 +1,6 @@
 """FitNet by torchdistill: same student, teacher, taps, batch and optimiser as ``benchmarks.distillation``.
 
-torchdistill keeps a teacher in train mode; here it is in eval mode, so that both compute the same.
+torchdistill itself does not put a teacher in eval mode; this one always is, so that both compute the same.
 """
 
 from __future__ import annotations

@@ -192,14 +192,16 @@ class Pipeline:
 
 
 def perform(module: str, job: Job) -> None:
-    """Run one stage in a process, and tell what it wrote. Raises StageError; KeyboardInterrupt after the stage saved."""
+    """Run one stage in a process, and tell what it wrote. Raises StageError, or KeyboardInterrupt once it saved."""
     job.work.mkdir(parents=True, exist_ok=True)
     path = job.work.with_name(f"{job.out.name}.job.json")
     path.write_text(job.to_json(), encoding="utf-8")
     error_path = path.with_suffix(".error")
     error_path.unlink(missing_ok=True)
     start = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", module, str(path)], preexec_fn=_die_with_parent)
+    child = subprocess.Popen(
+        [sys.executable, "-m", module, str(path)], env=_environment(module), preexec_fn=_die_with_parent
+    )
     code = _wait(child)
     if code == INTERRUPTED or code == -signal.SIGINT:
         raise KeyboardInterrupt
@@ -215,6 +217,17 @@ def perform(module: str, job: Job) -> None:
     console.print(
         f"    {job.out}  {human_bytes(size)}  {time.perf_counter() - start:.1f} s", style="green", markup=False
     )
+
+
+def _environment(module: str) -> dict[str, str]:
+    """Training threads sleep while they wait: spinning made a step 10 times slower when another process had a core.
+
+    Measurements keep the libraries' own defaults.
+    """
+    environment = dict(os.environ)
+    if module.startswith("toolchain."):
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return environment
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:

@@ -117,10 +117,11 @@ def test_a_bug_in_a_stage_leaves_its_traceback_in_a_file(tmp_path: Path, capfd: 
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    with pipeline.lock(tmp_path / "run"), pytest.raises(EdgestillError, match=f"process {os.getpid()} is running here"):
-        with pipeline.lock(tmp_path / "run", patience_s=0.2):
-            pass
+    root = tmp_path / "run"
+    root.mkdir()
+    busy = pytest.raises(EdgestillError, match=f"process {os.getpid()} is running here")
+    with pipeline.lock(root), busy, pipeline.lock(root, patience_s=0.2):
+        pass
 
 
 def test_missing_packages_are_told_for_the_whole_plan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -343,3 +344,39 @@ def test_checkpoints_are_tensors_and_json_two_kept_leftovers_removed(tmp_path):
     assert "is damaged" in broken
     assert good.state == {"step": 2}
     assert torch.equal(good.tensors["b"], tied)
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_same_bits(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        textwrap.dedent("""
+            import sys
+            from pathlib import Path
+            from accelerate import PartialState
+            state = PartialState(cpu=True)
+            from safetensors.torch import save_file
+            from tests.toolchain.methods.doubles import *
+            from toolchain.methods import prockd
+            from toolchain.methods.options import ProCKD
+            class Dying(TinyBatches):
+                def pick(self, index, epoch):
+                    if self.fetched == int(sys.argv[2]):
+                        raise RuntimeError("killed")
+                    return super().pick(index, epoch)
+            run = tiny_run(Path(sys.argv[1]), method=ProCKD(name="prockd", K=5), batches=Dying())
+            student = prockd.distill(run.cfg, run)
+            if state.is_main_process:
+                save_file(student.state_dict(), sys.argv[1] + ".safetensors")
+        """)
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    codes = [
+        subprocess.run([*launch, str(tmp_path / name), after], cwd=root, env=environment, check=False).returncode
+        for name, after in (("whole", "-1"), ("killed", "7"), ("killed", "-1"))
+    ]
+    assert [code == 0 for code in codes] == [True, False, True]
+    whole, killed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(value, killed[name]) for name, value in whole.items())

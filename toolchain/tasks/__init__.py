@@ -2,7 +2,7 @@
 
 A task module offers, with numpy and pydantic alone at import:
 
-- ``HEADLINE`` (name of the main metric), ``HIGHER_IS_BETTER``;
+- ``HEADLINE`` (name of the main metric), its ``UNIT`` and ``HIGHER_IS_BETTER``;
 - ``DataSection``, ``StudentSection``, ``TeacherSection``: pydantic models of its config sections
   (``TeacherSection`` is None when the method makes its own teacher);
 - ``STAGES``: the stages that run between ``data`` and ``student`` when the config has a teacher section;

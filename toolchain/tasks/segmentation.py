@@ -32,6 +32,7 @@ __all__ = [
     "HEADLINE",
     "HIGHER_IS_BETTER",
     "STAGES",
+    "UNIT",
     "DataSection",
     "StudentSection",
     "TeacherSection",
@@ -55,6 +56,7 @@ __all__ = [
 
 HEADLINE = "miou"
 HIGHER_IS_BETTER = True
+UNIT = "%"
 
 
 class DataSection(DataBase):

@@ -273,7 +273,7 @@ def hookable(config: Any) -> list[tuple[str, str, tuple[int, ...]]]:
 def source_state(section: DataBase) -> str | None:
     """A digest of names, sizes and times of the user's own files, so that a changed folder is read again."""
     place = section.path or getattr(section, "dataset", None)
-    if section.source not in ("folder", "huggingface") or not place or not Path(place).is_dir():
+    if getattr(section, "source", None) not in ("folder", "huggingface") or not place or not Path(place).is_dir():
         return None
     files = [(str(path), path.stat()) for path in sorted(Path(place).rglob("*")) if path.is_file()]
     return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files])
