@@ -71,7 +71,10 @@ def backend_module(backend: str) -> tuple[str, Any]:
         if backend not in (name, "auto"):
             continue
         if name == "tensorrt" and device_capability() is None:
-            why.append("tensorrt builds for the GPU it runs on, and there is no CUDA device here")
+            why.append(
+                "tensorrt builds for the GPU it runs on, and there is no CUDA device here: compile on the target, or "
+                "for RTX cards set compile.backend=tensorrt-rtx (pip install 'edgestill[trt-rtx]')"
+            )
             continue
         try:
             return name, importlib.import_module(module)
