@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.environment import environment
 from toolchain.artifact import create, versions
 from toolchain.config import Config, validate
 from toolchain.distill import load_method
@@ -141,7 +141,7 @@ def measure(rounds: int, threads: int) -> dict[str, Any]:
     }
     if not present:
         rows["fitnet, torchdistill"] = {"status": "not installed: pip install torchdistill"}
-    machine = {"machine": platform.machine(), "processor": platform.processor(), "device": "cpu", "threads": threads}
+    machine = environment() | {"threads": threads}
     pair = {
         "teacher": "tf_efficientnet_lite0",
         "teacher_px": TEACHER_SIZE,

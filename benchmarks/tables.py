@@ -3,7 +3,8 @@
     python -m benchmarks.tables --summary runs/digits/summary.json
     python -m benchmarks.tables [--check] [--results benchmarks/results] README.md ...
 
-Between ``<!-- results:<study> -->`` and ``<!-- /results -->`` a document holds the table of ``<study>.jsonl``.
+Between ``<!-- results:<name> -->`` and ``<!-- /results -->`` a document holds the table of ``<name>.jsonl``, a study,
+or of ``<name>.json``: a run's summary, or what ``benchmarks.overhead`` or ``benchmarks.distillation`` measured.
 """
 
 from __future__ import annotations
@@ -261,13 +262,48 @@ def rows_of(methods: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Mapp
     return [row for by_seed in methods.values() for row in by_seed.values()]
 
 
+def measured_table(value: Mapping[str, Any], what: str) -> str:
+    """The table of a single measurement. Raises TableError."""
+    if "pair" in value:
+        title = ["epoch of", "samples/s", "time of an epoch, plain = 1"]
+        body = [_distillation_cells(name, row) for name, row in value["rows"].items()]
+        where, threads = value["environment"], value["environment"]["threads"]
+        note = f"Medians of {value['rounds']} interleaved rounds, {threads} threads, {device(where)}."
+        return f"{markdown(title, body, right=title[1:])}\n{note}\n"
+    if "results" in value:
+        title = ["model", "threads", "`session.run`, µs", "edgestill, µs", "ratio [95 %]"]
+        body = [
+            [row["model"], str(row["threads"]), f"{row['bare_p50_us']:.1f}", f"{row['ours_p50_us']:.1f}", _ratio(row)]
+            for row in value["results"]
+        ]
+        return f"{markdown(title, body, right=title[1:])}\np50, batch 1, {device(value['environment'])}.\n"
+    if "rows" in value:
+        return summary_markdown(value)
+    raise TableError(f"{what}: neither a summary nor a measurement of benchmarks.overhead or benchmarks.distillation")
+
+
+def _distillation_cells(name: str, row: Mapping[str, Any]) -> list[str]:
+    if "samples_per_second" not in row:
+        return [name, "–", str(row["status"])]
+    return [name, f"{row['samples_per_second']:.0f}", f"{row['epoch_time_vs_plain']:.2f}"]
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    low, high = row["ratio_ci95"]
+    return f"{row['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def render(text: str, results: Path, what: str) -> str:
     """``text`` with every marked table rendered anew. Raises TableError."""
     if text.count("<!-- results:") != len(MARKED.findall(text)):
         raise TableError(f"{what}: a `<!-- results:<study> -->` line has no `<!-- /results -->` after it; add one")
 
     def replaced(match: re.Match[str]) -> str:
-        table = study_table(read_results(results / f"{match['study']}.jsonl"))
+        measured = results / f"{match['study']}.json"
+        if measured.is_file():
+            table = measured_table(json.loads(measured.read_text(encoding="utf-8")), str(measured))
+        else:
+            table = study_table(read_results(results / f"{match['study']}.jsonl"))
         return f"{match[1]}\n{table}\n{match[4]}"
 
     return MARKED.sub(replaced, text)

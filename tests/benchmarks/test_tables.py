@@ -95,3 +95,31 @@ def test_committed_tables_agree_with_their_results() -> None:
     root = Path(__file__).parents[2]
     documents = [path for path in (root / "README.md", *root.glob("docs/**/*.md")) if path.is_file()]
     assert tables.update(documents, tables.RESULTS, check=True) == []
+
+
+def test_single_measurements_are_rendered_too(tmp_path):
+    environment = {"cpu": {"model": "A CPU", "usable_cores": 2}, "gpus": [], "threads": 2}
+    rows = {"plain": {"samples_per_second": 700.4, "epoch_time_vs_plain": 1.0}, "other": {"status": "not installed"}}
+    (tmp_path / "speed.json").write_text(
+        json.dumps({"pair": {}, "rounds": 3, "rows": rows, "environment": environment})
+    )
+    row = {
+        "model": "mlp",
+        "threads": 1,
+        "bare_p50_us": 12.7,
+        "ours_p50_us": 12.3,
+        "ratio": 0.964,
+        "ratio_ci95": [0.96, 0.97],
+    }
+    (tmp_path / "calls.json").write_text(json.dumps({"results": [row], "environment": environment}))
+    (tmp_path / "odd.json").write_text("{}")
+    document = tmp_path / "doc.md"
+    document.write_text("".join(f"<!-- results:{name} -->\n<!-- /results -->\n" for name in ("speed", "calls")))
+    tables.update([document], tmp_path, check=False)
+    text = document.read_text()
+    assert "| other" in text
+    assert "0.964 [0.960, 0.970]" in text
+    assert "3 interleaved rounds, 2 threads, A CPU (2 cores)" in text
+    document.write_text("<!-- results:odd -->\n<!-- /results -->\n")
+    with pytest.raises(tables.TableError, match="neither"):
+        tables.update([document], tmp_path, check=False)
