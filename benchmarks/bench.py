@@ -130,7 +130,8 @@ def _results(job: Job, rows: list[Row], measured: dict[str, Measured]) -> dict[s
     if not job.config.get("task") or "data" not in job.inputs:
         return found
     task = load_task(job.config["task"])
-    split = load_data(job.inputs["data"]).splits["test"]
+    data = load_data(job.inputs["data"])
+    split = data.splits["test"]
     work = job.work / "outputs"
     try:
         _predict(rows, job.inputs["data"], len(split), work)
@@ -142,6 +143,7 @@ def _results(job: Job, rows: list[Row], measured: dict[str, Measured]) -> dict[s
                 "name": task.HEADLINE,
                 "higher_is_better": task.HIGHER_IS_BETTER,
                 "unit": getattr(task, "UNIT", ""),
+                "note": data.info.get("note"),
             },
             "samples": len(split),
             "shown": _shown(rows, task, split),
@@ -180,7 +182,7 @@ def _accuracy(row: Row, rows: list[Row], task: ModuleType, split: Split) -> dict
         return {}
     value: dict[str, Any] = {"accuracy": accuracy.score(task, row.outputs, split)}
     before = _previous(row, rows)
-    student = next((r for r in rows if r.kind == "student"), None) or _fp32(rows)
+    student = next((r for r in rows if r.kind == "student" and r.outputs), None) or _fp32(rows)
     agreement = {
         key: float(task.agreement(other.outputs, row.outputs)) if other and other is not row and other.outputs else None
         for key, other in (("student", student), ("previous", before))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.tables import count, first_batch, headline, ms, p50, score, size, times
+from benchmarks.tables import count, first_batch, headline, ms, of, p50, reference, score, size, times
 
 Row = Mapping[str, Any]
 Metric = Mapping[str, Any]
@@ -20,19 +20,6 @@ def points(value: float, metric: Metric) -> str:
     )
 
 
-def of(rows: Sequence[Row], kind: str, precision: str = "fp32") -> Row | None:
-    return next((row for row in rows if row["kind"] == kind and row["precision"] == precision), None)
-
-
-def student_score(rows: Sequence[Row], metric: Metric | None) -> float | None:
-    """The student's score in PyTorch, else that of its fp32 graph."""
-    for kind in ("student", "onnx"):
-        row = of(rows, kind)
-        if row is not None and (found := headline(row, metric)) is not None:
-            return found
-    return None
-
-
 def recommend(rows: Sequence[Row], metric: Metric | None, max_drop: float) -> dict[str, Any] | None:
     """The deployable row with the least p50 at the smallest batch, not more than ``max_drop`` below the student.
 
@@ -40,16 +27,15 @@ def recommend(rows: Sequence[Row], metric: Metric | None, max_drop: float) -> di
     """
     batch = first_batch(rows)
     timed = [row for row in rows if row["kind"] in ("onnx", "engine") and row["status"] == "ok" and p50(row, batch)]
-    reference = student_score(rows, metric)
+    base = reference(rows, metric)
+    before = headline(base, metric) if base else None
     budget, dropped = "", []
-    if metric is not None and reference is not None:
+    if metric is not None and before is not None:
         sign = 1 if metric["higher_is_better"] else -1
-        drops = {
-            row["name"]: sign * (reference - found) for row in timed if (found := headline(row, metric)) is not None
-        }
+        drops = {row["name"]: sign * (before - found) for row in timed if (found := headline(row, metric)) is not None}
         dropped = [row["name"] for row in timed if drops.get(row["name"], float("inf")) > max_drop]
         timed = [row for row in timed if row["name"] not in dropped]
-        budget = f" within {points(max_drop, metric)} of the student ({score(reference)}{_unit(metric)})"
+        budget = f" within {points(max_drop, metric)} of the student ({score(before)}{_unit(metric)})"
         if dropped:
             budget += f"; over that budget: {', '.join(dropped)}"
     elif timed:

@@ -233,16 +233,13 @@ def eager(folder: Path, which: str, threads: int) -> Call:
     return call
 
 
-def _load(order: dict[str, Any]) -> Subject:
-    folder, data = Path(order["folder"]), Path(order["data"]) if order["data"] else None
-    call: Call
+def _load(order: dict[str, Any]) -> Call:
+    folder = Path(order["folder"])
     if order["backend"] == "torch":
-        call = eager(folder, order["which"], order["threads"])
-    else:
-        from toolchain import runtime
+        return eager(folder, order["which"], order["threads"])
+    from toolchain import runtime
 
-        call = runtime.load(folder, provider=order["provider"], threads=order["threads"])
-    return Subject(call, samples_of(folder, data))
+    return runtime.load(folder, provider=order["provider"], threads=order["threads"])
 
 
 def serve(orders: IO[str], answers: IO[str]) -> None:
@@ -255,8 +252,10 @@ def serve(orders: IO[str], answers: IO[str]) -> None:
             if order["do"] == "load":
                 answer["base_mb"] = peak_memory_mb()
                 start = time.perf_counter()
-                subject = _load(order)
+                call = _load(order)
                 answer["load_ms"] = 1000 * (time.perf_counter() - start)
+                data = Path(order["data"]) if order["data"] else None
+                subject = Subject(call, samples_of(Path(order["folder"]), data))
             elif subject is None:
                 raise BenchError("nothing is loaded")
             elif order["do"] == "warm":

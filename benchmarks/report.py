@@ -28,6 +28,7 @@ from benchmarks.tables import (
     notes,
     p50,
     reasons,
+    reference,
     score,
     share,
     size,
@@ -237,7 +238,8 @@ def _accuracy_table(rows: list[dict[str, Any]], metric: Mapping[str, Any]) -> Ta
     title = ["row", metric["name"] + unit, "made of", "change", "agreement"]
     title += ["change vs student", "agreement vs student", "max. difference"]
     by_name = {row["name"]: row for row in rows}
-    reference = findings.student_score(rows, metric)
+    base = reference(rows, metric)
+    against = headline(base, metric) if base else None
     body = []
     for row in rows:
         if not row["accuracy"]:
@@ -251,7 +253,7 @@ def _accuracy_table(rows: list[dict[str, Any]], metric: Mapping[str, Any]) -> Ta
                 before or "–",
                 _change(mine, headline(by_name[before], metric) if before else None),
                 share(agreement.get("previous")),
-                _change(mine, reference),
+                _change(mine, against),
                 share(agreement.get("student")),
                 _differences(row["max_difference"]),
                 *(score(row["accuracy"].get(name)) for name in others),
@@ -327,7 +329,7 @@ def _resource_table(rows: list[dict[str, Any]]) -> Table:
         "parameters",
         "size",
         "peak memory",
-        "of it the model",
+        "of it model and runtime",
         "load ms",
         "first call ms",
     ]

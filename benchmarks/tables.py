@@ -104,6 +104,16 @@ def headline(row: Mapping[str, Any], metric: Mapping[str, Any] | None) -> float 
     return (row.get("accuracy") or {}).get(metric["name"]) if metric else None
 
 
+def of(rows: Sequence[Mapping[str, Any]], kind: str, precision: str = "fp32") -> Mapping[str, Any] | None:
+    return next((row for row in rows if row["kind"] == kind and row["precision"] == precision), None)
+
+
+def reference(rows: Sequence[Mapping[str, Any]], metric: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The row that the others' scores are compared with: the student in PyTorch, else its fp32 graph."""
+    found = (of(rows, kind) for kind in ("student", "onnx"))
+    return next((row for row in found if row is not None and headline(row, metric) is not None), None)
+
+
 def first_batch(rows: Sequence[Mapping[str, Any]]) -> str:
     """The smallest batch measured: 1 wherever it was asked for."""
     found = {int(batch) for row in rows for batch in row.get("latency") or {}}
@@ -113,13 +123,12 @@ def first_batch(rows: Sequence[Mapping[str, Any]]) -> str:
 def cells(value: Mapping[str, Any]) -> list[list[str]]:
     """The rows of a bench.json or summary.json as text, in the order of COLUMNS.
 
-    Change is against the student in PyTorch (else the first scored row), speed-up against row 0.
+    Change is against ``reference``, speed-up against row 0.
     """
     rows, metric = value["rows"], value.get("metric")
     batch = first_batch(rows)
-    reference = next(
-        (headline(r, metric) for r in rows if r["kind"] != "teacher" and headline(r, metric) is not None), None
-    )
+    base = reference(rows, metric)
+    before = headline(base, metric) if base else None
     slowest = p50(rows[0], batch) if rows else None
     table = []
     for row in rows:
@@ -134,7 +143,7 @@ def cells(value: Mapping[str, Any]) -> list[list[str]]:
                 count(row["parameters"]),
                 size(row["bytes"]),
                 score(found),
-                score(found - reference, signed=True) if found is not None and reference is not None else "–",
+                score(found - before, signed=True) if found is not None and before is not None else "–",
                 share((row.get("agreement") or {}).get("student")),
                 ms(mine) + (" ~" if summary.get("noisy") else ""),
                 times(slowest / mine if slowest and mine else None),
@@ -152,14 +161,18 @@ def header(value: Mapping[str, Any]) -> list[str]:
 def notes(value: Mapping[str, Any]) -> list[str]:
     """What the numbers of ``cells`` mean."""
     settings, batch = value.get("settings", {}), first_batch(value["rows"])
+    base = reference(value["rows"], value.get("metric"))
+    name = "the student in PyTorch" if base and base["kind"] == "student" else base and base["name"]
     text = [
         (
             f"Latency: batch {batch}, {settings.get('threads', '?')} threads, {device(value['environment'])}, numpy "
-            "to numpy. Change and agreement: against the student in PyTorch. Speed-up: against the first row."
+            f"to numpy. {f'Change and agreement: against {name}. ' if name else ''}Speed-up: against the first row."
         )
     ]
     if any((row.get("latency") or {}).get(batch, {}).get("noisy") for row in value["rows"]):
         text.append("~ noisy: medians of the rounds lie more than 5 % apart.")
+    if note := (value.get("metric") or {}).get("note"):
+        text.append(note)
     return text
 
 
@@ -235,12 +248,16 @@ def paired(differences: Sequence[float]) -> str:
 def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Mean ± sd over seeds of each (dataset, method), and the paired difference to the method ``plain``.
 
-    The headline metric is the first of a row's ``metrics``. A seed that was run twice counts once, as last written.
+    The headline metric is the first of a row's ``metrics``. A seed that was run twice counts once, as last written;
+    rows of another config than the last one of their (dataset, method) do not count.
     """
     if not rows:
         return "No results yet.\n"
     groups: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
+    latest = {(row["dataset"], row["method"]): row.get("config_sha256") for row in rows}
     for row in rows:
+        if row.get("config_sha256") != latest[row["dataset"], row["method"]]:
+            continue
         groups.setdefault(row["dataset"], {}).setdefault(row["method"], {})[int(row["seed"])] = row
     body = []
     for dataset, methods in groups.items():

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from toolchain import artifact
 from toolchain.artifact import EdgestillError
-from toolchain.tensorrt_runtime import logger, this_platform
+from toolchain.tensorrt_runtime import BACKENDS, logger, this_platform
 
 if TYPE_CHECKING:
     from toolchain.stage import Job
 
-MODULES = {"tensorrt": ("tensorrt", "trt"), "tensorrt-rtx": ("tensorrt_rtx", "trt-rtx")}
 COMPUTE = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM", "ATTENTION_INPUT")
 PRECISIONS = ("fp32", "fp16", "int8-trt")
 Ranges = Mapping[str, Mapping[str, int]]
@@ -64,10 +63,10 @@ def backend_module(backend: str) -> tuple[str, Any]:
 
     ``auto`` is TensorRT where it and a CUDA device are, else TensorRT for RTX. Raises BuilderMissing.
     """
-    if backend not in (*MODULES, "auto"):
-        raise EngineError(f"compile.backend {backend!r}: expected one of auto, {', '.join(MODULES)}")
+    if backend not in (*BACKENDS, "auto"):
+        raise EngineError(f"compile.backend {backend!r}: expected one of auto, {', '.join(BACKENDS)}")
     why = []
-    for name, (module, extra) in MODULES.items():
+    for name, (module, _, extra) in BACKENDS.items():
         if backend not in (name, "auto"):
             continue
         if name == "tensorrt" and device_capability() is None:
@@ -338,7 +337,6 @@ def run(job: Job) -> None:
     precision = manifest.extra.get("precision", "fp32")
     backend, _ = backend_module(settings["backend"])
     console.print(f"    {backend} for {', '.join(targets)}, {precision}", markup=False)
-    cache = Path(settings.get("timing_cache") or job.out.parent / "timing.cache")
     with progress("building", 100) as bar:
         plan, layers, info = build(
             source / "model.onnx",
@@ -347,7 +345,7 @@ def run(job: Job) -> None:
             profile={"batch": settings["batch"], **settings["shapes"]},
             precision=precision,
             workspace_mb=settings["workspace_mb"],
-            timing_cache=cache,
+            timing_cache=job.out.parent / "timing.cache",
             progress=bar,
         )
     with artifact.create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:

@@ -12,12 +12,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.verify import compare, predict
+from export.precision import cpu_call, opset_of
+from export.verify import compare, evenly, predict
 from toolchain.artifact import EdgestillError, Port, create, verify, versions
 from toolchain.stage import Job, console, main
 from toolchain.tasks import Split, load_data, load_task
@@ -60,13 +60,12 @@ def run(job: Job) -> None:
     with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
         path = draft.path / MODEL
         graph = export(ready, path, settings["opset"])
-        session = _session(path)
-        found = call_onnx(session)
+        found = cpu_call(str(path))
         expected = call_torch(ready)
         val = data.splits["val"]
         prove_batches(expected, found, val)
         parity = settings["parity"]
-        split = val.select(np.arange(min(parity["samples"], len(val))))
+        split = val.select(evenly(len(val), parity["samples"]))
         reference, candidate = (predict(call, split, PARITY_BATCH) for call in (expected, found))
         report = compare(reference, candidate, split, task, parity["limits"]["fp32"]).check("fp32")
         test = data.splits["test"]
@@ -127,8 +126,7 @@ def export(ready: Deployable, path: Path, opset: int) -> onnx.ModelProto:
     _name_dimensions(model, ready)
     model = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     onnx.checker.check_model(model, full_check=True)
-    written = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if written != opset:
+    if (written := opset_of(model)) != opset:
         raise ExportError(f"asked for opset {opset}, but torch wrote opset {written}; set export.opset to {written}")
     _check_ports(model.graph.input, ready.inputs)
     _check_ports(model.graph.output, ready.outputs)
@@ -164,7 +162,7 @@ def _check_ports(values: Any, ports: list[Port]) -> None:
 
 
 def prove_batches(expected: Callable[..., Any], found: Callable[..., Any], split: Split) -> None:
-    """Run three batch sizes on real samples through both sides. Raises ExportError where a size fails or differs."""
+    """Run three batch sizes of real samples through both sides. Raises ExportError where one fails or shapes differ."""
     for size in BATCHES:
         feeds = split.feed(np.arange(size) % len(split))
         try:
@@ -183,17 +181,6 @@ def weights_in(model: onnx.ModelProto) -> int:
     """Elements of the floating-point initializers."""
     kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
     return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.data_type in kinds)
-
-
-def _session(path: Path) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def call_onnx(session: Any) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:
-    names = [output.name for output in session.get_outputs()]
-    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
 def call_torch(ready: Deployable) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:

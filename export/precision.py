@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from export.half import COMPUTE, ISLANDS, PrecisionError, edges, emulated_half, has_half, name_nodes, to_half
-from export.verify import Arrays, Report, compare, predict
+from export.verify import Arrays, Report, compare, evenly, predict
 from toolchain import artifact, runtime
 from toolchain.onnx_runtime import CRASHES
 from toolchain.stage import Job, console, main, progress
@@ -173,11 +173,17 @@ def to_dynamic_int8(model: Any) -> Any:
         return _without_unused_opsets(onnx.load(made))
 
 
-def spread(split: Split, count: int) -> Split:
-    """``count`` samples evenly over ``split``: the same ones every time."""
-    if count >= len(split):
-        return split
-    return split.select(np.linspace(0, len(split) - 1, count).round().astype(np.int64))
+def cpu_call(model: bytes | str) -> Callable[[Arrays], dict[str, np.ndarray]]:
+    """A graph, or the path of one, on ONNX Runtime's CPU provider: feeds to outputs by name."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[CRASHES]
+    )
+    names = [output.name for output in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
 @dataclass
@@ -199,31 +205,19 @@ class Gate:
         return report
 
     def _compare(self, model: Any) -> Report:
-        outputs = predict(self._session(model), self.split, BATCH)
+        outputs = predict(cpu_call(model.SerializeToString()), self.split, BATCH)
         return compare(self.reference, outputs, self.split, self.task, self.limits)
 
     def part(self, count: int) -> Gate:
-        split = spread(self.split, count)
-        index = np.linspace(0, len(self.split) - 1, len(split)).round().astype(np.int64)
-        return Gate(split, {name: value[index] for name, value in self.reference.items()}, self.task, self.limits)
+        index = evenly(len(self.split), count)
+        reference = {name: value[index] for name, value in self.reference.items()}
+        return Gate(self.split.select(index), reference, self.task, self.limits)
 
     def drift(self, model: Any) -> float:
         """Greatest difference of any float output when half is rounded; infinite where it overflows."""
         report = self._compare(emulated_half(model))
         values = [np.inf if value is None else value for value in report.max_difference.values()]
         return float(max(values, default=1.0 - report.agreement))
-
-    @staticmethod
-    def _session(model: Any) -> Callable[[Arrays], dict[str, np.ndarray]]:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"], disabled_optimizers=[CRASHES]
-        )
-        names = [output.name for output in session.get_outputs()]
-        return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
 def half_with_islands(model: Any, gate: Gate) -> tuple[Any, Report, list[str]]:
@@ -273,7 +267,8 @@ def run(job: Job) -> None:
     data, task = load_data(job.inputs["data"]), load_task(job.config["task"])
     manifest = artifact.verify(source)
     model = name_nodes(onnx.load(source / "model.onnx"))
-    held_out = spread(data.splits["val"], parity["samples"])
+    val, train = data.splits["val"], data.splits["train"]
+    held_out = val.select(evenly(len(val), parity["samples"]))
     with runtime.load(source) as reference:
         gate = Gate(held_out, predict(reference, held_out, BATCH), task, parity["limits"][precision])
 
@@ -285,7 +280,7 @@ def run(job: Job) -> None:
         report = gate(made)
     elif precision in ("int8-cpu", "int8-trt"):
         calibration = settings["calibration"]
-        samples = spread(data.splits["train"], calibration["samples"])
+        samples = train.select(evenly(len(train), calibration["samples"]))
         made = to_int8(model, precision, samples, calibration["method"])
         extra["calibration"] = {"samples": len(samples), "method": calibration["method"]}
         report = gate(made)
@@ -303,10 +298,9 @@ def run(job: Job) -> None:
         onnx.save(made, draft.path / "model.onnx")
         shutil.copyfile(source / "samples.npz", draft.path / "samples.npz")
         draft.ports = manifest.ports
-        opset = next(entry.version for entry in made.opset_import if entry.domain in ("", "ai.onnx"))
         draft.extra = extra | {
             "precision": precision,
-            "opset": opset,
+            "opset": opset_of(made),
             "float_nodes": stayed,
             "verify": report.as_dict(),
         }

@@ -79,6 +79,11 @@ def predict(call: Call, split: Split, batch: int) -> dict[str, np.ndarray]:
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 
+def evenly(total: int, count: int) -> np.ndarray:
+    """``count`` indices spread evenly over ``total`` samples: the same ones every time, all when there are fewer."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
+
+
 def compare(
     reference: Arrays, candidate: Arrays, split: Split, task: Any, limits: Mapping[str, float | None]
 ) -> Report:

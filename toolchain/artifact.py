@@ -143,7 +143,7 @@ def read(folder: Path | str) -> Manifest:
         )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path}: not readable as JSON ({error}); make the artifact again") from error
     return _checked(value, path)
 
@@ -168,6 +168,9 @@ def _checked(value: Any, path: Path) -> Manifest:
             raise ArtifactError(f"{path}: {key} should be a {kind.__name__}, found {type(value[key]).__name__}")
     if missing := [key for key in ("stage", "config", "inputs", "files") if key not in value]:
         raise ArtifactError(f"{path}: lacks {missing}; make the artifact again")
+    for role, entry in value["inputs"].items():
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("path", "id")):
+            raise ArtifactError(f"{path}: the input {role} has no path and id; make the artifact again")
     for name, entry in value["files"].items():
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or "\\" in name or ":" in name or not name:
@@ -181,7 +184,10 @@ def _checked(value: Any, path: Path) -> Manifest:
             Port.from_json(port)
     except (KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path}: malformed port ({error}); make the artifact again") from error
-    return Manifest(**{key: item for key, item in value.items() if key in known})
+    manifest = Manifest(**{key: item for key, item in value.items() if key in known})
+    if value.get("id", manifest.id) != manifest.id:
+        raise ArtifactError(f"{path}: its id is not that of its content: it was changed; make the artifact again")
+    return manifest
 
 
 def verify(folder: Path | str) -> Manifest:

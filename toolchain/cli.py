@@ -141,9 +141,11 @@ def bench(
     def action() -> None:
         from toolchain import commands
 
-        folder = commands.bench(folders, overrides or [], out, data, show=not json)
+        result = commands.bench_result(commands.bench(folders, overrides or [], out, data, show=not json))
         if json:
-            _print_json(commands.bench_result(folder))
+            _print_json(result)
+        if any(row["status"] != "ok" for row in result["rows"]):
+            raise typer.Exit(commands.INCOMPLETE)
 
     _do(action, debug)
 

@@ -60,6 +60,8 @@ def run(
         console.print(f"next: edgestill export {folder}", markup=False)
         return outcome.as_dict() | {"student": describe(folder)}
     publish(root)
+    rows = bench_result(root / "bench")["rows"]
+    outcome.failed.update({row["name"]: row["reason"] for row in rows if row["status"] == "failed"})
     result = outcome.as_dict() | {"report": str(root / "report.html"), "summary": _read_json(root / "summary.json")}
     if show:
         show_summary(root)
@@ -102,9 +104,10 @@ def _dry_run(work: Pipeline) -> dict[str, Any]:
         raise EdgestillError("the dry run failed; nothing was trained")
     checked = json.loads(reply.stdout)
     table = Table("stage", "state", box=None, pad_edge=False)
-    states = {}
+    states: dict[str, str] = {}
     for stage in stages:
-        states[stage.name] = work.stale(stage) or "fresh"
+        first = next((name for name in stage.inputs.values() if states.get(name) != "fresh"), None)
+        states[stage.name] = work.stale(stage) or (f"to be checked after {first}" if first else "fresh")
         table.add_row(stage.name, escape(states[stage.name]))
     console.print(table)
     console.print(f"dry run: all is well with {work.cfg.name}; nothing was trained", style="green")
@@ -145,7 +148,7 @@ def compile(onnx: Path, target: str | None, backend: str, out: Path | None) -> l
     settings["backend"] = backend
     if target is not None:
         settings["targets"] = [name.strip() for name in target.split(",")]
-    settings = validate_section(CompileSection, settings).model_dump(mode="json")
+    settings = validate_section(CompileSection, settings, "compile").model_dump(mode="json")
     if settings["backend"] == "none":
         raise UsageError("--backend none: nothing to do; allowed: auto, tensorrt, tensorrt-rtx")
     targets = settings.pop("targets")
@@ -179,7 +182,7 @@ def bench(folders: Sequence[Path], overrides: Sequence[str], out: Path, data: Pa
         console.print("no data artifact at hand (--data DIR): latency only, no accuracy", style="yellow")
     settings = {"bench": _settings(folders[0].resolve().parent, "bench", BenchSection)}
     apply_overrides(settings, [o if o.startswith("bench.") else f"bench.{o}" for o in overrides])
-    section = validate_section(BenchSection, settings["bench"]).model_dump(mode="json")
+    section = validate_section(BenchSection, settings["bench"], "bench").model_dump(mode="json")
     job = Job(out.name, out, {"task": task, "bench": section, "failed": {}}, inputs)
     perform("benchmarks.bench", job)
     if show:
@@ -193,10 +196,10 @@ def bench_result(folder: Path) -> Any:
 
 def report(root: Path, *, show: bool) -> dict[str, Any]:
     """Render the report of a run again from its measurements."""
-    bench_manifest = artifact.read(root / "bench")
     cfg = _run_config(root)
     if cfg is None:
-        raise UsageError(f"{root}: no config.json; this is not the folder of a run")
+        raise UsageError(f"{root}: expected the folder of a run, found no config.json in it")
+    bench_manifest = artifact.read(root / "bench")
     closing = pipeline.measure(cfg, pipeline.plan(cfg), bench_manifest.config.get("failed", {}))
     stage = closing[-1]
     with lock(root):
@@ -216,6 +219,9 @@ def inspect(target: Path) -> dict[str, Any]:
             raise UsageError(f"{target}: this config has no teacher whose layers could be listed")
         layers = [{"name": n, "type": t, "shape": list(s)} for n, t, s in task.hookable(cfg)]
         return {"teacher": cfg.teacher.model, "layers": layers}
+    if not artifact.is_whole(target) and (target / "config.json").is_file():
+        folders = ", ".join(path.parent.name for path in sorted(target.glob(f"*/{artifact.MANIFEST}")))
+        raise UsageError(f"{target}: the folder of a run; inspect one of its artifacts: {folders or 'none is there yet'}")
     return describe(target)
 
 
@@ -237,12 +243,13 @@ def lineage(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
         for role, entry in current.inputs.items():
             if entry["id"] in found:
                 continue
-            path = Path(entry["path"])
-            path = path if artifact.is_whole(path) else place.parent / path.name
-            state = "absent"
-            if artifact.is_whole(path):
-                parent = artifact.read(path)
-                state = "unchanged" if parent.id == entry["id"] else "changed since"
+            recorded = Path(entry["path"])
+            path, state = recorded, "absent"
+            for candidate in (recorded, place.parent / recorded.name):  # where it was, or beside, in a copied run
+                if state != "unchanged" and artifact.is_whole(candidate):
+                    path, parent = candidate, artifact.read(candidate)
+                    state = "unchanged" if parent.id == entry["id"] else "changed since"
+            if state != "absent":
                 queue.append((path, parent))
             found[entry["id"]] = {"role": role, "path": str(path), "id": entry["id"], "state": state}
     return list(found.values())

@@ -285,6 +285,14 @@ def validate(
         for check in (getattr(task, "check", None), getattr(sections["method"], "check", None)):
             if check is not None:
                 faults.extend(check(config))
+    if config is not None and config.compile.backend != "none":
+        where = ("compile", "precisions")
+        made = config.export.precisions
+        faults.extend(
+            (where, f"{name} is not among export.precisions ({', '.join(made)}); add it there, or remove it here")
+            for name in config.compile.precisions
+            if name not in made
+        )
     if faults or config is None:
         raise ConfigError("\n".join(_render(fault, source, lines or {}, overridden or set()) for fault in faults))
     assert isinstance(config, Config)
@@ -294,12 +302,12 @@ def validate(
 S = TypeVar("S", bound=BaseModel)
 
 
-def validate_section(model: type[S], value: Mapping[str, Any]) -> S:
-    """One section on its own, as a stage reads it from its job. Raises ConfigError."""
+def validate_section(model: type[S], value: Mapping[str, Any], source: str | None = None) -> S:
+    """One section on its own, as a stage reads it from its job. Raises ConfigError, whose lines start with ``source``."""
     faults: list[Fault] = []
     section = _section(model, dict(value), (), faults)
     if section is None:
-        raise ConfigError("\n".join(_render(fault, model.__name__, {}, set()) for fault in faults))
+        raise ConfigError("\n".join(_render(fault, source or model.__name__, {}, set()) for fault in faults))
     assert isinstance(section, model)
     return section
 
@@ -338,11 +346,15 @@ def _method(value: Any, faults: list[Fault]) -> type[BaseModel] | None:
     try:
         module = importlib.import_module(name)
     except Exception as error:  # a user's module may raise anything while it is imported
-        faults.append((where, f"cannot import {name!r}: {type(error).__name__}: {error}"))
+        hint = "; install it, or put its folder on PYTHONPATH" if isinstance(error, ModuleNotFoundError) else ""
+        faults.append((where, f"cannot import {name!r}: {type(error).__name__}: {error}{hint}"))
         return None
     options = getattr(module, "Options", None)
     if not (isinstance(options, type) and issubclass(options, BaseModel)):
         faults.append((where, f"{name} has no pydantic model called Options with a `name` field"))
+        return None
+    if not callable(getattr(module, "distill", None)):
+        faults.append((where, f"{name} has no function distill(cfg, run) that returns the student"))
         return None
     return options
 
@@ -360,6 +372,8 @@ def _section(model: type[BaseModel], value: Any, where: tuple[Any, ...], faults:
         return model.model_validate(value)
     except ValidationError as error:
         found = error.errors(include_url=False)
+        inside = {entry["loc"][:-1] for entry in found}  # a list whose items are wrong is called too short as well
+        found = [entry for entry in found if entry["type"] != "too_short" or entry["loc"] not in inside]
         faults.extend(((*where, *_path(entry["loc"])), _explain(model, entry)) for entry in found)
         return None
     except RecursionError:
@@ -382,6 +396,8 @@ def _explain(model: type[BaseModel], entry: Any) -> str:
     found = entry.get("input")
     if entry["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = "expected a section (a mapping of keys)"
+    elif entry["type"] == "tuple_type":
+        message = "expected a list, such as [a, b]"
     elif entry["type"] == "value_error" and isinstance(found, (dict, list)):
         return str(message)
     if entry["type"] == "literal_error" and isinstance(found, str):

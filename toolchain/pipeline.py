@@ -23,14 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from toolchain import artifact
-from toolchain.artifact import EdgestillError
+from toolchain.artifact import ArtifactError, EdgestillError
 from toolchain.config import Config
-from toolchain.stage import INTERRUPTED, Job, console
+from toolchain.stage import INTERRUPTED, STOPS, Job, console
 from toolchain.tasks import load_task
 
 
 class StageError(EdgestillError):
     """A stage failed; the message is the stage's own."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which reached this process alone; the terminal's Ctrl-C reaches the stage too."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,10 @@ class Pipeline:
             return
         reason = self.stale(stage)
         if reason is None:
-            artifact.verify(self.root / stage.name)
+            try:
+                artifact.verify(self.root / stage.name)
+            except ArtifactError as error:
+                raise ArtifactError(f"{error}; or remove that folder, and run the same command again") from error
             console.print(f"[dim]{stage.name:<24} reused[/]")
             outcome.reused.append(stage.name)
             return
@@ -200,7 +207,7 @@ def perform(module: str, job: Job) -> None:
     error_path.unlink(missing_ok=True)
     start = time.perf_counter()
     child = subprocess.Popen(
-        [sys.executable, "-m", module, str(path)], env=_environment(module), preexec_fn=_die_with_parent
+        [sys.executable, "-m", module, str(path)], env=_environment(module), preexec_fn=_as_stage
     )
     code = _wait(child)
     if code == INTERRUPTED or code == -signal.SIGINT:
@@ -233,7 +240,9 @@ def _environment(module: str) -> dict[str, str]:
 def _wait(child: subprocess.Popen[bytes]) -> int:
     try:
         return child.wait()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        if isinstance(stop, Terminated):
+            child.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             child.wait(timeout=30)
         if child.poll() is None:
@@ -252,8 +261,9 @@ def _reason(job: Job, code: int, error_path: Path) -> str:
     return f"{job.stage}: ended with exit code {code}"
 
 
-def _die_with_parent() -> None:
-    """On Linux a stage must not outlive a pipeline that was killed (PR_SET_PDEATHSIG)."""
+def _as_stage() -> None:
+    """Interrupts wait until ``stage.main``; on Linux a stage dies with a pipeline that is killed (PR_SET_PDEATHSIG)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -286,7 +296,7 @@ def resumable(command: Sequence[str]) -> Iterator[None]:
     """On Ctrl-C or SIGTERM, say how to go on."""
 
     def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     previous: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, stop)
     try:

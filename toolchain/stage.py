@@ -22,6 +22,7 @@ from toolchain.artifact import EdgestillError, UsageError
 FAILED = 1
 WRONG_USE = 2
 INTERRUPTED = 130
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -94,6 +95,11 @@ def guard(action: Callable[[], None]) -> int:
             raise
         console.print(f"error: {error}", markup=False, style="red")
         return WRONG_USE if isinstance(error, UsageError) else FAILED
+    except OSError as error:  # a folder that cannot be written, a full disc
+        if os.environ.get("EDGESTILL_DEBUG"):
+            raise
+        console.print(f"error: {error}", markup=False, style="red")
+        return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
@@ -104,7 +110,7 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 def main(run: Callable[[Job], None], argv: Sequence[str] | None = None) -> None:
-    """Entry point of a stage's module."""
+    """Entry point of a stage's module. The pipeline starts it with STOPS blocked, so that no import is cut in two."""
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1:
         console.print("error: expected one argument, JOB.json; stages are started by `edgestill`", markup=False)
@@ -113,6 +119,7 @@ def main(run: Callable[[Job], None], argv: Sequence[str] | None = None) -> None:
     job = Job.from_json(path.read_text(encoding="utf-8"))
     signal.signal(signal.SIGTERM, _terminated)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         run(job)
     except KeyboardInterrupt:
         raise SystemExit(INTERRUPTED) from None

@@ -22,7 +22,7 @@ from pydantic import Field
 from toolchain import artifact
 from toolchain.artifact import EdgestillError, digest
 from toolchain.config import Config, ConfigError, apply_overrides, read_yaml, validate, validate_section
-from toolchain.pipeline import Pipeline, perform, plan, resumable
+from toolchain.pipeline import Pipeline, StageError, lock, perform, plan, resumable
 from toolchain.section import Section
 from toolchain.stage import Job, console, main
 from toolchain.tasks import load_data
@@ -119,26 +119,37 @@ def run(path: Path, overrides: Sequence[str], out: Path, work: Path, *, dry_run:
     """Run what is left of a study and append its rows to ``out/<study>.jsonl``."""
     study, planned = rows(path, overrides)
     results = out / f"{study.study}.jsonl"
-    finished = done(results)
-    left = [row for row in planned if row.key not in finished]
+    left = _left(planned, results)
     console.print(f"{study.study}: {len(planned)} runs, {len(planned) - len(left)} done, {len(left)} to do")
     result = {"results": str(results), "runs": len(planned), "left": len(left)}
     if dry_run or not left:
         if not left:
             console.print("already complete", style="green")
         return result
-    out.mkdir(parents=True, exist_ok=True)
-    with resumable(["edgestill", "study", str(path), *overrides]):
-        for shared, group in _groups(left, work / study.study):
-            _shared(shared, group[0].config)
-            job = _job(study, shared, group, results)
-            perform("toolchain.study", job)
-            artifact.remove(job.out)
-    still = [row for row in planned if row.key not in done(results)]
-    if still:
-        raise EdgestillError(f"{study.study}: {len(still)} of {len(planned)} runs failed; run the same command again")
+    root = work / study.study
+    for folder in (out, root):
+        folder.mkdir(parents=True, exist_ok=True)
+    failures = []
+    with resumable(["edgestill", "study", str(path), *overrides]), lock(root):
+        for shared, group in _groups(_left(planned, results), root):
+            try:
+                _shared(shared, group[0].config)
+                job = _job(study, shared, group, results)
+                perform("toolchain.study", job)
+                artifact.remove(job.out)
+            except StageError as error:
+                console.print(f"{shared.name}: {error}", style="red", markup=False)
+                failures.append(str(error))
+    if failures:
+        still = len(_left(planned, results))
+        raise EdgestillError(f"{study.study}: {still} of {len(planned)} runs are not done:\n" + "\n".join(failures))
     console.print(f"results: {results}\nnext:    python -m benchmarks.tables README.md", markup=False)
     return result | {"left": 0}
+
+
+def _left(planned: Sequence[Row], results: Path) -> list[Row]:
+    finished = done(results)
+    return [row for row in planned if row.key not in finished]
 
 
 def _groups(left: Sequence[Row], work: Path) -> list[tuple[Path, list[Row]]]:
@@ -158,15 +169,15 @@ def _shared(root: Path, config: Config) -> None:
 
 
 def _job(study: StudySection, shared: Path, group: Sequence[Row], results: Path) -> Job:
+    """Its folder lies beside ``shared``, whose own run clears the working files of its stages away."""
     runs = [
         {"dataset": row.dataset, "method": row.method, "seed": row.seed, "sha256": row.sha256}
         | {"config": row.config.model_dump(mode="json")}
         for row in group
     ]
-    folders = {path.name: path for path in sorted(shared.iterdir()) if artifact.is_whole(path)}
-    inputs = {name: folder for name, folder in folders.items() if name != "rows"}
+    inputs = {path.name: path for path in sorted(shared.iterdir()) if artifact.is_whole(path)}
     config = {"study": study.study, "protocol": study.protocol, "results": str(results), "runs": runs}
-    return Job("rows", shared / "rows", config | {"commit": commit()}, inputs)
+    return Job("rows", shared.with_name(f"{shared.name}-rows"), config | {"commit": commit()}, inputs)
 
 
 def commit() -> str:
@@ -177,15 +188,20 @@ def commit() -> str:
 
 
 def work_off(job: Job) -> None:
-    """The process of a group: train, score on the test split, append the row."""
+    """The process of a group: train, score on the test split, append the row. A run that fails stops no other."""
     from toolchain.distill import train_student
 
     data = load_data(job.inputs["data"])
+    failures = []
     for number, item in enumerate(job.config["runs"], start=1):
         cfg = validate(item["config"])
         start = time.perf_counter()
         folder = job.work / f"{item['dataset']}-{item['method']}-{item['seed']}-{item['sha256'][:8]}"
-        trained = train_student(cfg, data, job.inputs, folder)
+        try:
+            trained = train_student(cfg, data, job.inputs, folder)
+        except EdgestillError as error:
+            failures.append(f"{item['method']} seed {item['seed']}: {error}")
+            continue
         test = {name: float(value) for name, value in trained.run.scorer("test")(trained.student).items()}
         row = {
             "study": job.config["study"],
@@ -208,6 +224,8 @@ def work_off(job: Job) -> None:
         console.print(
             f"    {number}/{len(job.config['runs'])} {item['method']} seed {item['seed']}: {scores}", markup=False
         )
+    if failures:
+        raise EdgestillError("\n".join(failures))
     with artifact.create(job.out, stage=job.stage, config={"study": job.config["study"]}):
         pass
 

@@ -62,14 +62,14 @@ def _cosine(start: float, end: float, share: float) -> float:
 
 @contextmanager
 def _interrupts_deferred() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that a step is never cut in two; a second one interrupts at once."""
+    """Ctrl-C and SIGTERM set the event, so that a step is never cut in two; a second Ctrl-C interrupts at once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+        if asked.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.set()
 

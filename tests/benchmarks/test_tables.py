@@ -50,6 +50,23 @@ def test_a_seed_run_twice_counts_once_and_unpaired_seeds_do_not_pair(tmp_path: P
     assert "+3.83" in line
 
 
+def test_rows_of_an_earlier_config_do_not_count(tmp_path: Path) -> None:
+    row = {"method": "prockd", "dataset": "digits", "metrics": {"accuracy": 99.0}, "config_sha256": "new"}
+    extra = [row | {"seed": 5, "config_sha256": "older"}, row | {"seed": 0}, row | {"seed": 1}]
+    line = tables.study_table(tables.read_results(write(tmp_path, extra=extra))).splitlines()[-1]
+    assert "| 99.00 ± 0.00 |" in line
+    assert "| 2 |" in line
+
+
+@pytest.mark.parametrize(("kinds", "name"), [(("onnx", "student"), "the student in PyTorch"), (("onnx",), "a-onnx")])
+def test_the_notes_say_what_is_compared_with_what(kinds: tuple[str, ...], name: str) -> None:
+    common = {"precision": "fp32", "accuracy": {"accuracy": 90.0}, "latency": {}}
+    rows = [common | {"name": f"a-{kind}", "kind": kind} for kind in kinds]
+    value = {"rows": rows, "metric": {"name": "accuracy", "unit": "%"}, "environment": {}}
+    assert f"Change and agreement: against {name}." in tables.notes(value)[0]
+    assert "agreement" not in tables.notes(value | {"metric": None})[0]
+
+
 def test_a_document_is_rendered_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path)
     document = tmp_path / "README.md"

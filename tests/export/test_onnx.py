@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from export import onnx as exporter
-from export.onnx import ExportError, call_onnx, call_torch, export, prove_batches, run
+from export.onnx import ExportError, call_torch, export, prove_batches, run
+from export.precision import cpu_call
 from export.verify import ParityError
 from toolchain import artifact
 from toolchain.artifact import ArtifactError, Port
@@ -89,11 +89,11 @@ def test_the_graph_is_folded_standard_and_dynamic(root: Path) -> None:
     assert {entry.domain for entry in model.opset_import} == {""}
     for value in (*model.graph.input, *model.graph.output):
         assert value.type.tensor_type.shape.dim[0].dim_param == "batch"
-    session = exporter._session(root / "onnx" / "model.onnx")
+    call = cpu_call(str(root / "onnx" / "model.onnx"))
     pictures = load_data(root / "data").splits["test"].feed(slice(None))
-    whole = call_onnx(session)(pictures)
+    whole = call(pictures)
     for size in (1, 5, 40):
-        part = call_onnx(session)({"image": pictures["image"][:size]})
+        part = call({"image": pictures["image"][:size]})
         np.testing.assert_allclose(part["probabilities"], whole["probabilities"][:size], atol=1e-5)
     np.testing.assert_array_equal(whole["label"], whole["probabilities"].argmax(1))
 

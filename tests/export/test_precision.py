@@ -14,7 +14,7 @@ import pytest
 
 from export import precision
 from export.half import PrecisionError, edges, emulated_half, to_half
-from export.precision import Gate, float_compute, half_with_islands, spread, to_dynamic_int8, to_int8
+from export.precision import Gate, float_compute, half_with_islands, to_dynamic_int8, to_int8
 from export.verify import ParityError
 from toolchain import artifact
 from toolchain.stage import Job
@@ -258,12 +258,6 @@ def test_dynamic_int8_of_layers_that_share_a_weight() -> None:
     x = rng.normal(size=(16, 8)).astype(np.float32)
     expected, found = session(model)({"x": x})["y"], session(to_dynamic_int8(model))({"x": x})["y"]
     np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
-
-
-def test_spread_takes_the_same_even_samples() -> None:
-    split = Split({"x": np.arange(100)}, ("x",))
-    assert list(spread(split, 5).arrays["x"]) == [0, 25, 50, 74, 99]
-    assert spread(split, 1000) is split
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8-cpu", "int8-trt"])

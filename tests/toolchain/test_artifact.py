@@ -107,6 +107,7 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
         ({"files": {"a": {"sha256": "zz", "bytes": 1}}}, "no sha256"),
         ({"files": {"a": {"sha256": "0" * 64}}}, "no size"),
         ({"surprise": 1}, "unknown keys"),
+        ({"inputs": {"data": "runs/data"}}, "input data has no path and id"),
         ({"ports": {"inputs": [{"dtype": "int8"}]}}, "malformed port"),
     ],
 )
@@ -117,7 +118,7 @@ def test_malformed_manifests(tmp_path: Path, changes: dict[str, object], message
         artifact.read(folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00\x01"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\x00\x01", "[" * 100_000])
 def test_unreadable_manifests(tmp_path: Path, text: str) -> None:
     folder = make(tmp_path / "a")
     (folder / artifact.MANIFEST).write_text(text)

@@ -67,6 +67,7 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
         ("export.precisions=[fp32,fp61]", "did you mean 'fp16'?"),
         ("export.precisions=[fp16]", "fp32 must be among them"),
         ("compile.targets=[86]", "compile.targets"),
+        ("export.precisions=[fp32,fp16]", "compile.precisions: int8-trt is not among export.precisions (fp32, fp16)"),
         ("compile.batch.max=4", "min <= opt <= max"),
         ("train=3", "expected a section"),
         ("name=../up", "name"),

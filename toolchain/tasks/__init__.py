@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -105,7 +104,3 @@ def built_in() -> list[str]:
     folder = Path(__file__).parent
     modules = [path for path in folder.glob("[a-z]*.py") if "\nHEADLINE" in path.read_text(encoding="utf-8")]
     return sorted(path.stem for path in modules)
-
-
-def headline(task: ModuleType, scores: Mapping[str, float]) -> float:
-    return float(scores[task.HEADLINE])

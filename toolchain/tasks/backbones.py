@@ -117,18 +117,19 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _fill(net: nn.Module, found: dict[str, Tensor], path: Path) -> None:
-    """Load by name, the classifier aside; where names differ, by order when every shape agrees."""
+    """Load by name, the classifier aside; where names differ, by order when every kind and shape agrees."""
     expected = net.state_dict()
     heads = cast("Mapping[str, Any]", net.pretrained_cfg).get("classifier") or ()
     prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
     body = {name for name in expected if not name.startswith(prefixes)}
     if body == {name for name in found if not name.startswith(prefixes)}:
         found = {name: found[name] for name in body}
-    elif len(expected) == len(found):
+    elif [name.rpartition(".")[2] for name in expected] == [name.rpartition(".")[2] for name in found]:
         found = dict(zip(expected, found.values(), strict=True))
     else:
         raise ModelError(
-            f"{path}: expected {len(expected)} tensors or the same names, found {len(found)}; not weights of this model"
+            f"{path}: expected {len(expected)} tensors of the same names or kinds, found {len(found)}; "
+            "not weights of this model"
         )
     fit(net, found, path)
 

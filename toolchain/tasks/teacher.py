@@ -157,6 +157,11 @@ def _fit(probe: Probe, cached: Features, data: Data) -> list[dict[str, float]]:
                 schedule.step()
                 losses.append(loss.item())
             val = _validation(cached, data, loss_of, size)
+            if not math.isfinite(val):
+                raise TeacherError(
+                    f"teacher.probe: expected a finite validation loss, found {val} in epoch {len(history) + 1}; lower "
+                    f"teacher.probe.lr (now {section.lr:g})"
+                )
             history.append({"train_loss": float(np.mean(losses)), "val_loss": val})
             if val <= min(entry["val_loss"] for entry in history):
                 best = {name: value.clone() for name, value in probe.state_dict().items()}

@@ -237,6 +237,8 @@ def _call(make: Callable[..., Any], section: Any, **given: Any) -> nn.Module:
         body = make(**given, **section.options)
     except (TypeError, ValueError) as error:
         raise ModelError(f"student.options {section.options} do not suit {section.model}: {error}") from error
+    except Exception as error:  # a user's function may raise anything
+        raise ModelError(f"student.model {section.model} fails: {type(error).__name__}: {error}") from error
     if not isinstance(body, nn.Module):
         raise ModelError(f"student.model {section.model} should give an nn.Module, found {type(body).__name__}")
     return body
@@ -246,8 +248,9 @@ def _dotted(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"student.model {path!r}: {error}; expected package.module:function") from error
+    except Exception as error:  # a user's module may raise anything while it is imported
+        remedy = "expected package.module:function, installed or on PYTHONPATH"
+        raise ModelError(f"student.model {path!r}: {error}; {remedy}") from error
     if not callable(found):
         raise ModelError(f"student.model {path!r}: {type(found).__name__} is no function or class")
     return found  # type: ignore[no-any-return]
@@ -258,7 +261,7 @@ def _width(body: nn.Module, shape: tuple[int, ...], name: str) -> int:
     try:
         with torch.no_grad():
             value = body.eval()(torch.zeros(shape))
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except Exception as error:  # a user's module may raise anything
         raise ModelError(f"student.model {name} fails on a picture {list(shape)}: {error}") from error
     finally:
         for module, mode in modes.items():

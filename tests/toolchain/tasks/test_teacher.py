@@ -10,7 +10,7 @@ import torch
 from toolchain import artifact
 from toolchain.checkpoint import save_tensors
 from toolchain.stage import Job
-from toolchain.tasks import Data, Split, load_data, save_data, teacher
+from toolchain.tasks import Data, Split, backbones, load_data, save_data, teacher
 from toolchain.tasks.backbones import ModelError, read_weights, timm_model, weight_file
 from toolchain.tasks.features import FeatureCacheError, load_features
 from toolchain.tasks.teacher import Extractor, ProbeTeacher, TeacherBody, TeacherError, load_probe, load_teacher
@@ -203,6 +203,28 @@ def test_weights_of_an_installed_package_fit_in_order_and_shape() -> None:
         assert torch.equal(value, expected)
     with pytest.raises(ModelError, match="not weights of this model"):
         timm_model("test_resnet", size=(64, 64), weights=name)
+
+
+def test_weights_of_other_names_and_kinds_are_not_taken_by_order(tmp_path: Path) -> None:
+    state = timm_model("test_resnet", size=(64, 64)).state_dict()
+    swap = {"running_mean": "running_var", "running_var": "running_mean"}
+    kinds = [(name.rpartition(".")[2], value) for name, value in state.items()]
+    for number, other in enumerate(({}, swap)):
+        path = tmp_path / f"{number}.safetensors"
+        save_tensors(path, {f"a{i:04}.{other.get(kind, kind)}": value for i, (kind, value) in enumerate(kinds)})
+        if other:
+            with pytest.raises(ModelError, match="not weights of this model"):
+                backbones._fill(timm_model("test_resnet", size=(64, 64)), read_weights(path), path)
+        else:
+            backbones._fill(timm_model("test_resnet", size=(64, 64)), read_weights(path), path)
+
+
+def test_a_probe_that_diverges_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_data(tmp_path / "data")
+    make("features", tmp_path, config())
+    monkeypatch.setattr(teacher, "_validation", lambda *_: float("nan"))
+    with pytest.raises(TeacherError, match=r"expected a finite validation loss, found nan in epoch 1; lower"):
+        make("teacher", tmp_path, config())
 
 
 def test_weight_files_are_checked(tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""Studies: which runs there are, which are left, and that a killed or failed one is gone on with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolchain import study
+from toolchain.artifact import EdgestillError
+from toolchain.config import ConfigError
+from toolchain.pipeline import StageError, lock
+from toolchain.stage import Job
+
+DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
+STUDY = f"""
+study: tiny
+config: {DIGITS}
+protocol: as fast as can be
+seeds: [0, 1]
+datasets: {{digits: {{data.train_samples: 100}}, digits-200: {{data.train_samples: 200}}}}
+methods:
+  plain: {{method: plain}}
+  fitnet: {{method: {{name: fitnet, weight: 3}}, train.lr: 0.001}}
+common: {{train.epochs: 2}}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    (tmp_path / "tiny.yaml").write_text(STUDY)
+    return tmp_path / "tiny.yaml"
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """Stages that train nothing: every run of a group gets its row, but those named in ``fails``."""
+    jobs: list[Job] = []
+
+    def perform(module: str, job: Job) -> None:
+        jobs.append(job)
+        for item in job.config["runs"]:
+            row = {key: item[key] for key in ("dataset", "method", "seed")} | {"config_sha256": item["sha256"]}
+            with Path(job.config["results"]).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    monkeypatch.setattr(study, "perform", perform)
+    monkeypatch.setattr(study, "_shared", lambda root, config: root.mkdir(parents=True, exist_ok=True))
+    return jobs
+
+
+def go(path: Path, *overrides: str, **options: Any) -> dict[str, Any]:
+    return study.run(path, overrides, path.parent / "results", path.parent / "work", **options)
+
+
+def test_every_run_is_a_whole_config(path: Path) -> None:
+    _, rows = study.rows(path, ["seeds=[4]", "train.batch_size=8"])
+    assert [(row.dataset, row.method, row.seed) for row in rows] == [
+        (dataset, method, 4) for dataset in ("digits", "digits-200") for method in ("plain", "fitnet")
+    ]
+    fitnet = rows[1].config
+    assert (fitnet.method.name, fitnet.method.weight, fitnet.train.lr) == ("fitnet", 3, 0.001)
+    assert (fitnet.train.epochs, fitnet.train.batch_size, fitnet.data.train_samples) == (2, 8, 100)
+    assert len({row.sha256 for row in rows}) == 4
+    with pytest.raises(ConfigError, match=r"tiny.yaml: digits, plain: train.epoch: unknown key"):
+        study.rows(path, ["train.epoch=8"])
+
+
+def test_rows_that_are_there_are_not_run_again(path: Path, trained: list[Job]) -> None:
+    assert go(path, dry_run=True)["left"] == 8
+    assert not (path.parent / "work").exists()
+    assert go(path)["left"] == 0
+    assert [len(job.config["runs"]) for job in trained] == [4, 4]
+    results = path.parent / "results" / "tiny.jsonl"
+    results.write_text("".join(results.read_text().splitlines(keepends=True)[:-1]) + '{"half a')
+    go(path)
+    assert [(run["method"], run["seed"]) for run in trained[-1].config["runs"]] == [("fitnet", 1)]
+    assert len(results.read_text().splitlines()) == 8
+    results.write_text("{}\n")
+    with pytest.raises(EdgestillError, match=r"tiny.jsonl:1: not a row"):
+        go(path)
+
+
+def test_checkpoints_of_a_run_outlive_the_shared_stages(path: Path, trained: list[Job]) -> None:
+    """Making the shared stages clears their folder's .work; the trainings' must not be in it."""
+    go(path)
+    for job in trained:
+        shared = job.out.with_name(job.out.name.removesuffix("-rows"))
+        assert shared.is_dir()
+        assert shared not in job.work.parents
+
+
+def test_one_failed_group_stops_no_other(path: Path, trained: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+    perform = study.perform
+
+    def failing(module: str, job: Job) -> None:
+        if not trained:
+            trained.append(job)
+            raise StageError("fitnet seed 0: loss is nan")
+        perform(module, job)
+
+    monkeypatch.setattr(study, "perform", failing)
+    with pytest.raises(EdgestillError, match=r"4 of 8 runs are not done:\nfitnet seed 0: loss is nan"):
+        go(path)
+    assert go(path)["left"] == 0
+
+
+def test_one_failed_run_stops_no_other(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def train(cfg: Any, *_: Any) -> None:
+        seen.append(cfg.method.name)
+        raise EdgestillError("loss is nan")
+
+    monkeypatch.setattr("toolchain.distill.train_student", train)
+    monkeypatch.setattr(study, "load_data", lambda folder: None)
+    declared, rows = study.rows(path, ["seeds=[0]"])
+    (tmp_path / "shared").mkdir()
+    job = study._job(declared, tmp_path / "shared", rows[:2], tmp_path / "r.jsonl")
+    with pytest.raises(EdgestillError, match=r"plain seed 0: loss is nan\nfitnet seed 0: loss is nan"):
+        study.work_off(Job(job.stage, job.out, job.config, {"data": tmp_path}))
+    assert seen == ["plain", "fitnet"]
+
+
+def test_one_study_at_a_time(path: Path, trained: list[Job]) -> None:
+    root = path.parent / "work" / "tiny"
+    root.mkdir(parents=True)
+    with lock(root), pytest.raises(EdgestillError, match="is running here"):
+        go(path)
+    assert not trained
