@@ -221,7 +221,9 @@ def inspect(target: Path) -> dict[str, Any]:
         return {"teacher": cfg.teacher.model, "layers": layers}
     if not artifact.is_whole(target) and (target / "config.json").is_file():
         folders = ", ".join(path.parent.name for path in sorted(target.glob(f"*/{artifact.MANIFEST}")))
-        raise UsageError(f"{target}: the folder of a run; inspect one of its artifacts: {folders or 'none is there yet'}")
+        raise UsageError(
+            f"{target}: the folder of a run; inspect one of its artifacts: {folders or 'none is there yet'}"
+        )
     return describe(target)
 
 

@@ -303,7 +303,7 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def validate_section(model: type[S], value: Mapping[str, Any], source: str | None = None) -> S:
-    """One section on its own, as a stage reads it from its job. Raises ConfigError, whose lines start with ``source``."""
+    """One section on its own, as a stage reads it from its job. Raises ConfigError; its lines start with ``source``."""
     faults: list[Fault] = []
     section = _section(model, dict(value), (), faults)
     if section is None:

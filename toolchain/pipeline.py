@@ -206,9 +206,7 @@ def perform(module: str, job: Job) -> None:
     error_path = path.with_suffix(".error")
     error_path.unlink(missing_ok=True)
     start = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, "-m", module, str(path)], env=_environment(module), preexec_fn=_as_stage
-    )
+    child = subprocess.Popen([sys.executable, "-m", module, str(path)], env=_environment(module), preexec_fn=_as_stage)
     code = _wait(child)
     if code == INTERRUPTED or code == -signal.SIGINT:
         raise KeyboardInterrupt

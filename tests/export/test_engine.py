@@ -118,7 +118,7 @@ def test_missing_builder_says_why_and_what_to_install(monkeypatch: pytest.Monkey
     with pytest.raises(BuilderMissing, match=r"pip install 'edgestill\[trt-rtx\]'"):
         engine.backend_module("tensorrt-rtx")
     monkeypatch.setattr(engine, "device_capability", lambda: None)
-    with pytest.raises(BuilderMissing, match=r"no CUDA device here; .*tensorrt_rtx cannot be imported"):
+    with pytest.raises(BuilderMissing, match=r"no CUDA device here: .*tensorrt_rtx cannot be imported"):
         engine.backend_module("auto")
     monkeypatch.setattr(engine, "device_capability", lambda: "sm_86")
     monkeypatch.setitem(sys.modules, "tensorrt", None)

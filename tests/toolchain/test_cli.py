@@ -63,7 +63,7 @@ def test_a_wrong_config_exits_2_without_a_traceback(verb: str) -> None:
         (["export", "configs", "--precision", "fp8"], 2, "allowed: fp32, fp16, int8-cpu, int8-trt"),
         (["compile", "configs"], 1, "no manifest.json"),
         (["bench", "configs"], 1, "no manifest.json"),
-        (["report", "configs"], 1, "expected an artifact folder"),
+        (["report", "configs"], 2, "expected the folder of a run"),
         (["inspect", "configs"], 1, "no manifest.json"),
         (["study", "no/such.yaml"], 2, "cannot be read"),
         (["rnu"], 2, "No such command"),

@@ -67,6 +67,7 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
         ("export.precisions=[fp32,fp61]", "did you mean 'fp16'?"),
         ("export.precisions=[fp16]", "fp32 must be among them"),
         ("compile.targets=[86]", "compile.targets"),
+        ("compile.targets=sm_89", "compile.targets: expected a list, such as [a, b], found 'sm_89'"),
         ("export.precisions=[fp32,fp16]", "compile.precisions: int8-trt is not among export.precisions (fp32, fp16)"),
         ("compile.batch.max=4", "min <= opt <= max"),
         ("train=3", "expected a section"),
@@ -81,6 +82,10 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
 )
 def test_bad_values(tmp_path: Path, override: str, part: str) -> None:
     assert part in fault(tmp_path, DIGITS.read_text(), override)
+
+
+def test_a_wrong_item_is_one_fault(tmp_path: Path) -> None:
+    assert fault(tmp_path, DIGITS.read_text(), "compile.targets=[sm86]").count("\n") == 0
 
 
 def test_a_collapsing_prockd_is_refused(tmp_path: Path) -> None:
@@ -104,7 +109,12 @@ def test_a_method_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "from typing import Literal\nfrom toolchain.section import Section\n"
         "class Options(Section):\n    name: Literal['my_lab.dropout_kd']\n    rate: float = 0.5\n"
     )
+    text = (tmp_path / "my_lab" / "dropout_kd.py").read_text()
+    (tmp_path / "my_lab" / "half.py").write_text(text)
+    (tmp_path / "my_lab" / "dropout_kd.py").write_text(text + "def distill(cfg, run): ...\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    assert "has no function distill" in fault(tmp_path, DIGITS.read_text(), "method=my_lab.half")
+    assert "PYTHONPATH" in fault(tmp_path, DIGITS.read_text(), "method=your_lab.kd")
     assert load(DIGITS, ["method={name: my_lab.dropout_kd, rate: 0.1}"]).method.rate == 0.1
     assert "did you mean 'rate'?" in fault(tmp_path, DIGITS.read_text(), "method={name: my_lab.dropout_kd, rte: 0.1}")
 

@@ -92,7 +92,7 @@ def test_only_what_depends_on_a_change_is_made_again(tmp_path: Path) -> None:
 def test_a_damaged_artifact_stops_the_run(tmp_path: Path) -> None:
     chain(tmp_path / "run").run("d")
     (tmp_path / "run" / "b" / "text0").write_text("aX")
-    with pytest.raises(artifact.ArtifactError, match="damaged"):
+    with pytest.raises(artifact.ArtifactError, match=r"damaged.*remove that folder, and run the same command again"):
         chain(tmp_path / "run").run("d")
 
 
@@ -188,6 +188,30 @@ def test_sigterm_says_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     assert "edgestill run 'my config.yaml'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("asked", ["ctrl-c", "sigterm"])
+def test_a_stage_that_is_still_importing_stops_without_a_traceback(asked: str, stage_module: Path) -> None:
+    (stage_module / "modules" / "written_stage.py").write_text(
+        "import os, pathlib, time\nfrom toolchain.stage import main\n"
+        "pathlib.Path(os.environ['TRACE']).touch()\ntime.sleep(1)\nmain(lambda job: time.sleep(60))\n"
+    )
+    script = (
+        f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_pipeline import chain\nfrom toolchain.pipeline import resumable\nfrom toolchain.stage import guard\n"
+        "def work():\n    with resumable(['the', 'command']):\n        chain(Path(sys.argv[1])).run('d')\n"
+        "sys.exit(guard(work))\n"
+    )
+    command = [sys.executable, "-c", script, str(stage_module / "run")]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while not (stage_module / "trace").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT) if asked == "ctrl-c" else process.terminate()
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert "the command" in said
+    assert "Traceback" not in said
 
 
 def test_the_plan_of_the_digits_config() -> None:

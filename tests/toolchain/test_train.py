@@ -116,11 +116,13 @@ def test_a_process_killed_by_sigkill_resumes(tmp_path):
     assert same(weights(expected), weights(found))
 
 
-def test_ctrl_c_saves_and_propagates(tmp_path):
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGTERM, signal.SIGTERM]])
+def test_ctrl_c_saves_and_propagates(tmp_path, signals):
     class Interrupting(TinyBatches):
         def pick(self, index, epoch):
             if self.fetched == 5:
-                signal.raise_signal(signal.SIGINT)
+                for number in signals:
+                    signal.raise_signal(number)
             return super().pick(index, epoch)
 
     settings = {"checkpoint_seconds": 1000}

@@ -86,6 +86,7 @@ def test_own_modules_by_dotted_path() -> None:
         ({"model": "resnet_18"}, "nearest: .*resnet18"),
         ({"model": "no.such:thing"}, "No module named"),
         ({"model": "torch.nn:Nothing"}, "Nothing"),
+        ({"model": "os:getenv", "options": {"key": 1}}, "getenv"),
         ({"model": "torch:float32"}, "is no function or class"),
         ({"model": "builtins:dict"}, "should give an nn.Module, found dict"),
         ({"model": "torch.nn:Unfold", "options": {"kernel_size": 2}}, r"expected a map .* found \[1, 12, 961\]"),
