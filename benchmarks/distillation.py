@@ -135,6 +135,7 @@ def measure(rounds: int, threads: int) -> dict[str, Any]:
         name: {
             "samples_per_second": statistics.median(values),
             "epoch_time_vs_plain": statistics.median(p / v for p, v in zip(samples["plain"], values, strict=True)),
+            "spread": max(values) / min(values) - 1,
             "raw": values,
         }
         for name, values in samples.items()

@@ -26,6 +26,7 @@ from toolchain.stage import console, guard
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "plain"
+NOISY = 0.25  # a training benchmark whose rounds differ by more is marked
 LEAST_WIDTH = 100  # a cut column says nothing; a terminal that is narrower wraps
 MARKED = re.compile(r"(<!-- results:(?P<study>[\w.-]+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
 # Student's t, 0.975 quantile, 1 to 30 degrees of freedom.
@@ -286,6 +287,8 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
         body = [_distillation_cells(name, row) for name, row in value["rows"].items()]
         where, threads = value["environment"], value["environment"]["threads"]
         note = f"Medians of {value['rounds']} interleaved rounds, {threads} threads, {device(where)}."
+        if any(row.get("spread", 0) > NOISY for row in value["rows"].values()):
+            note += f" ~ noisy: rounds lie more than {NOISY:.0%} apart."
         return f"{markdown(title, body, right=title[1:])}\n{note}\n"
     if "results" in value:
         title = ["model", "threads", "`session.run`, µs", "edgestill, µs", "ratio [95 %]"]
@@ -302,7 +305,8 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
 def _distillation_cells(name: str, row: Mapping[str, Any]) -> list[str]:
     if "samples_per_second" not in row:
         return [name, "–", str(row["status"])]
-    return [name, f"{row['samples_per_second']:.0f}", f"{row['epoch_time_vs_plain']:.2f}"]
+    noisy = " ~" if row["spread"] > NOISY else ""
+    return [name, f"{row['samples_per_second']:.0f}{noisy}", f"{row['epoch_time_vs_plain']:.2f}"]
 
 
 def _ratio(row: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -309,7 +310,8 @@ def _make(module: str, job: Job) -> None:
         artifact.verify(job.out)
         console.print(f"{job.out} reused", style="dim", markup=False)
         return
-    with resumable(["edgestill", *sys.argv[1:]]):
+    root = job.out.resolve().parent
+    with lock(root) if (root / "config.json").is_file() else nullcontext(), resumable(["edgestill", *sys.argv[1:]]):
         perform(module, job)
 
 

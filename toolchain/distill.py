@@ -43,7 +43,8 @@ def train_student(cfg: Config, data: Data, inputs: dict[str, Path], work: Path) 
 def run(job: Job) -> None:
     """Inputs: ``data`` and, with a teacher, ``features`` and ``teacher``. Resumes, see ``toolchain.train``."""
     data = load_data(job.inputs["data"])
-    trained = train_student(validate({"name": "student"} | job.config), data, job.inputs, job.work)
+    sections = {key: value for key, value in job.config.items() if key != "files"}
+    trained = train_student(validate({"name": "student"} | sections), data, job.inputs, job.work)
     if not PartialState().is_main_process:
         return
     records = trained.run.records

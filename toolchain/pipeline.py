@@ -63,16 +63,22 @@ def plan(cfg: Config) -> list[Stage]:
     """The stages of a config, in order."""
     sections = cfg.section
     task = load_task(cfg.task)
-    state = task.source_state(cfg.data)
-    read = sections("task", "data") | ({"source_state": state} if state else {})
-    stages = [Stage("data", "toolchain.stages", read)]
+    states = {
+        key: task.files_state(section) for key in ("data", "teacher", "student") if (section := getattr(cfg, key))
+    }
+
+    def config(*keys: str) -> dict[str, Any]:
+        found = {key: states[key] for key in keys if states.get(key)}
+        return sections(*keys) | ({"files": found} if found else {})
+
+    stages = [Stage("data", "toolchain.stages", config("task", "data"))]
     taught = list(task.STAGES) if cfg.teacher is not None else []
     for name in taught:
         inputs = {stage.name: stage.name for stage in stages}
-        stages.append(Stage(name, "toolchain.stages", sections("seed", "task", "data", "teacher"), inputs))
+        stages.append(Stage(name, "toolchain.stages", config("seed", "task", "data", "teacher"), inputs))
     inputs = {stage.name: stage.name for stage in stages}
     keys = ("seed", "task", "data", "teacher", "student", "method", "train")
-    stages.append(Stage("student", "toolchain.distill", sections(*keys), inputs))
+    stages.append(Stage("student", "toolchain.distill", config(*keys), inputs))
 
     export = sections("export")["export"]
     exact = {key: export[key] for key in ("opset", "parity")}
@@ -81,16 +87,16 @@ def plan(cfg: Config) -> list[Stage]:
     stages.append(_onnx("onnx", "student", cfg.task, exact))
     for precision in cfg.export.precisions:
         if precision != "fp32":
-            config = {"task": cfg.task, "precision": precision, "export": _without(export, "precisions")}
-            stages.append(Stage(f"onnx-{precision}", "export.precision", config, {"onnx": "onnx", "data": "data"}))
+            how = {"task": cfg.task, "precision": precision, "export": _without(export, "precisions")}
+            stages.append(Stage(f"onnx-{precision}", "export.precision", how, {"onnx": "onnx", "data": "data"}))
     if cfg.compile.backend != "none":
         settings = _without(sections("compile")["compile"], "targets", "precisions")
         for target in cfg.compile.targets:
             for precision in cfg.compile.precisions:
-                config = {"compile": settings, "targets": [target]}
+                how = {"compile": settings, "targets": [target]}
                 source = "onnx" if precision == "fp32" else f"onnx-{precision}"
                 name = f"engine-{target}-{precision}"
-                stages.append(Stage(name, "export.engine", config, {"onnx": source}, optional=True))
+                stages.append(Stage(name, "export.engine", how, {"onnx": source}, optional=True))
     return stages
 
 

@@ -116,7 +116,10 @@ def test_committed_tables_agree_with_their_results() -> None:
 
 def test_single_measurements_are_rendered_too(tmp_path):
     environment = {"cpu": {"model": "A CPU", "usable_cores": 2}, "gpus": [], "threads": 2}
-    rows = {"plain": {"samples_per_second": 700.4, "epoch_time_vs_plain": 1.0}, "other": {"status": "not installed"}}
+    rows = {
+        "plain": {"samples_per_second": 700.4, "epoch_time_vs_plain": 1.0, "spread": 0.5},
+        "other": {"status": "not installed"},
+    }
     (tmp_path / "speed.json").write_text(
         json.dumps({"pair": {}, "rounds": 3, "rows": rows, "environment": environment})
     )
@@ -135,6 +138,7 @@ def test_single_measurements_are_rendered_too(tmp_path):
     tables.update([document], tmp_path, check=False)
     text = document.read_text()
     assert "| other" in text
+    assert "700 ~" in text
     assert "0.964 [0.960, 0.970]" in text
     assert "3 interleaved rounds, 2 threads, A CPU (2 cores)" in text
     document.write_text("<!-- results:odd -->\n<!-- /results -->\n")

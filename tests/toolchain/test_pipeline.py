@@ -233,3 +233,26 @@ def test_the_plan_of_the_digits_config() -> None:
         "student",
         "onnx",
     ]
+
+
+def test_a_changed_weights_file_or_image_folder_makes_its_stages_stale(tmp_path: Path) -> None:
+    from toolchain.config import load
+
+    weights = tmp_path / "teacher.safetensors"
+    photo = tmp_path / "photos" / "train" / "cat" / "1.png"
+    photo.parent.mkdir(parents=True)
+
+    def configs() -> dict[str, str]:
+        path = Path(__file__).parents[2] / "configs" / "digits.yaml"
+        own = [f"teacher.weights={weights}", "data.source=folder", f"data.path={tmp_path / 'photos'}"]
+        return {stage.name: artifact.digest(stage.config) for stage in plan(load(path, own))}
+
+    weights.write_bytes(b"one")
+    photo.write_bytes(b"a photo")
+    before = configs()
+    weights.write_bytes(b"two")
+    other_teacher = configs()
+    photo.write_bytes(b"another photo")
+    other_photo = configs()
+    assert [name for name in before if before[name] != other_teacher[name]] == ["features", "teacher", "student"]
+    assert [n for n in before if other_teacher[n] != other_photo[n]] == ["data", "features", "teacher", "student"]

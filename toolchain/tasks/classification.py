@@ -19,11 +19,11 @@ from toolchain.tasks.vision import (
     deploy,
     dry_run,
     features,
+    files_state,
     hookable,
     load_student,
     load_teacher,
     scorer,
-    source_state,
     student,
     teacher,
 )
@@ -42,6 +42,7 @@ __all__ = [
     "deploy",
     "dry_run",
     "features",
+    "files_state",
     "hookable",
     "load_student",
     "load_teacher",
@@ -49,7 +50,6 @@ __all__ = [
     "score",
     "scorer",
     "show",
-    "source_state",
     "student",
     "teacher",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from toolchain.artifact import EdgestillError, digest
+from toolchain.artifact import EdgestillError, digest, sha256
 from toolchain.methods.options import NEEDS_TEACHER
 from toolchain.section import Section
 
@@ -270,13 +270,19 @@ def hookable(config: Any) -> list[tuple[str, str, tuple[int, ...]]]:
     return teacher_net.hookable_layers(config.teacher)
 
 
-def source_state(section: DataBase) -> str | None:
-    """A digest of names, sizes and times of the user's own files, so that a changed folder is read again."""
-    place = section.path or getattr(section, "dataset", None)
-    if getattr(section, "source", None) not in ("folder", "huggingface") or not place or not Path(place).is_dir():
-        return None
-    files = [(str(path), path.stat()) for path in sorted(Path(place).rglob("*")) if path.is_file()]
-    return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files])
+def files_state(section: Any) -> str | None:
+    """A digest of the user's own files that a section names: when they change, what was made of them is stale.
+
+    Of a data folder it covers names, sizes and times; of a weights file the content.
+    """
+    if isinstance(section, DataBase):
+        place = section.path or getattr(section, "dataset", None)
+        if getattr(section, "source", None) not in ("folder", "huggingface") or not place or not Path(place).is_dir():
+            return None
+        files = [(str(path), path.stat()) for path in sorted(Path(place).rglob("*")) if path.is_file()]
+        return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files])
+    weights = Path(section.weights).expanduser()
+    return sha256(weights) if weights.is_file() else None
 
 
 def dry_run(config: Any, data: Data) -> dict[str, str]:
