@@ -158,6 +158,8 @@ class Pipeline:
         self.root.mkdir(parents=True, exist_ok=True)
         outcome = Outcome(self.root)
         with lock(self.root):
+            for left_over in self.root.glob(".*.tmp"):
+                artifact.remove(left_over)
             artifact.write_json(self.root / "config.json", self.cfg.model_dump(mode="json"))
             for stage in stages:
                 self._step(stage, outcome)

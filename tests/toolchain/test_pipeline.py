@@ -165,6 +165,13 @@ def test_sigkill_at_twenty_points(tmp_path: Path) -> None:
         assert sorted(p.name for p in root.iterdir()) == [".lock", "a", "b", "c", "config.json", "d"]
 
 
+def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.json.4711.tmp").write_text("{")
+    chain(tmp_path / "run").run("a")
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "a", "config.json"]
+
+
 def test_a_stage_dies_with_its_pipeline(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path\n"
