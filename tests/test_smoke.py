@@ -208,3 +208,12 @@ def test_without_a_builder_the_run_finishes_and_says_so(run_root: Path, tmp_path
     assert sorted(result["failed"]) == ["engine-sm_86-fp16", "engine-sm_86-int8-trt"]
     assert "pip install 'edgestill[trt" in result["failed"]["engine-sm_86-fp16"]
     assert "pip install 'edgestill[trt" in (tmp_path / "run" / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_student(tmp_path: Path) -> None:
+    settings = ["method=plain", "teacher=null", "train.processes=2", "train.threads=1"]
+    small = [value for value in SMALL if not value.startswith("teacher.")]
+    reply = edgestill("distill", DIGITS, *small, *settings, "--out", str(tmp_path / "run"), "--json")
+    assert reply.returncode == 0, reply.stderr
+    assert artifact.verify(tmp_path / "run" / "student").extra["parameters"] > 0

@@ -29,7 +29,10 @@ class ConfigError(UsageError):
 
 
 class TrainSection(Section):
-    """One training: AdamW; ``lr`` is the peak learning rate."""
+    """One training: AdamW; ``lr`` is the peak learning rate.
+
+    ``batch_size`` counts the samples of all ``processes`` together; there is one process per GPU.
+    """
 
     epochs: Positive = 30
     batch_size: Positive = 128
@@ -43,6 +46,7 @@ class TrainSection(Section):
     select: Literal["last", "best"] = "last"
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0
     threads: Positive | None = None
+    processes: Positive = 1
 
 
 class Limits(Section):

@@ -214,7 +214,8 @@ def perform(module: str, job: Job) -> None:
     error_path = path.with_suffix(".error")
     error_path.unlink(missing_ok=True)
     start = time.perf_counter()
-    child = subprocess.Popen([sys.executable, "-m", module, str(path)], env=_environment(module), preexec_fn=_as_stage)
+    command = _command(module, job, path)
+    child = subprocess.Popen(command, env=_environment(module), preexec_fn=_as_stage)
     code = _wait(child)
     if code == INTERRUPTED or code == -signal.SIGINT:
         raise KeyboardInterrupt
@@ -241,6 +242,25 @@ def _environment(module: str) -> dict[str, str]:
     if module.startswith("toolchain."):
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return environment
+
+
+def _command(module: str, job: Job, path: Path) -> list[str]:
+    """The stage's process; a training with ``train.processes`` above 1 is started through accelerate."""
+    processes = job.config.get("train", {}).get("processes", 1)
+    if processes == 1:
+        return [sys.executable, "-m", module, str(path)]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    settings = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*launch, *settings, *_devices(processes), "--module", module, str(path)]
+
+
+def _devices(processes: int) -> list[str]:
+    import torch
+
+    count = torch.cuda.device_count()
+    if count and count < processes:
+        raise EdgestillError(f"train.processes: expected at most the {count} GPUs of this machine, found {processes}")
+    return ["--multi_gpu"] if count else ["--cpu"]
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:
