@@ -20,7 +20,7 @@ from export.precision import cpu_call, opset_of
 from export.verify import compare, evenly, predict
 from toolchain.artifact import EdgestillError, Port, create, verify, versions
 from toolchain.stage import Job, console, main
-from toolchain.tasks import Split, load_data, load_task
+from toolchain.tasks import Split, load_data, load_task, save_npz
 
 Arrays = dict[str, NDArray[Any]]
 MODEL = "model.onnx"
@@ -63,14 +63,14 @@ def run(job: Job) -> None:
         found = cpu_call(str(path))
         expected = call_torch(ready)
         val = data.splits["val"]
-        prove_batches(expected, found, val)
         parity = settings["parity"]
+        prove_batches(expected, found, val, parity["limits"]["fp32"]["max_difference"])
         split = val.select(evenly(len(val), parity["samples"]))
         reference, candidate = (predict(call, split, PARITY_BATCH) for call in (expected, found))
         report = compare(reference, candidate, split, task, parity["limits"]["fp32"]).check("fp32")
         test = data.splits["test"]
         feeds: Any = test.feed(slice(0, SAMPLES))
-        np.savez(draft.path / "samples.npz", **feeds)
+        save_npz(draft.path / "samples.npz", feeds)
         draft.set_ports(ready.inputs, ready.outputs)
         draft.metrics = {"val": report.as_dict()}
         draft.extra = {
@@ -161,8 +161,13 @@ def _check_ports(values: Any, ports: list[Port]) -> None:
         )
 
 
-def prove_batches(expected: Callable[..., Any], found: Callable[..., Any], split: Split) -> None:
-    """Run three batch sizes of real samples through both sides. Raises ExportError where one fails or shapes differ."""
+def prove_batches(
+    expected: Callable[..., Any], found: Callable[..., Any], split: Split, limit: float | None = None
+) -> None:
+    """Run three batch sizes of real samples through both sides.
+
+    Raises ExportError where one fails, shapes differ, or a float output differs by more than ``limit``.
+    """
     for size in BATCHES:
         feeds = split.feed(np.arange(size) % len(split))
         try:
@@ -174,6 +179,13 @@ def prove_batches(expected: Callable[..., Any], found: Callable[..., Any], split
                 raise ExportError(
                     f"batch of {size}: expected {name} of shape {value.shape}, found {outputs[name].shape}; "
                     "the batch is not dynamic"
+                )
+            if limit is None or not np.issubdtype(value.dtype, np.floating):
+                continue
+            if not (difference := float(np.abs(outputs[name] - value).max())) <= limit:
+                raise ExportError(
+                    f"batch of {size}: {name} differs from torch by {difference:.3g}, expected at most {limit:.3g} "
+                    "(export.parity.limits.fp32.max_difference)"
                 )
 
 

@@ -110,6 +110,7 @@ def test_stages_one_by_one_on_a_copied_folder(run_root: Path, tmp_path: Path) ->
     assert f"next: edgestill compile {tmp_path / 'onnx-fp16'}" in reply.stderr
     described: dict[str, Any] = json.loads(reply.stdout)
     assert {parent["role"]: parent["state"] for parent in described["lineage"]}["onnx"] == "unchanged"
+    assert artifact.read(tmp_path / "onnx").id == artifact.read(run_root / "onnx").id
     shutil.copytree(tmp_path / "onnx-fp16", tmp_path / "device" / "onnx-fp16")
     reply = edgestill(
         "compile", str(tmp_path / "device" / "onnx-fp16"), "--target", "sm_89", "--backend", "tensorrt-rtx"

@@ -186,3 +186,17 @@ def test_torch_is_called_by_port_names() -> None:
         {"image": np.zeros((3, 12, 12, 1), np.uint8)}
     )
     assert {name: value.shape for name, value in outputs.items()} == {"probabilities": (3, 3), "label": (3,)}
+
+
+def test_values_that_depend_on_the_batch_size_are_found() -> None:
+    split = Split({"x": np.arange(12, dtype=np.float32).reshape(6, 2)}, ("x",))
+
+    def expected(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"y": feeds["x"] * 2}
+
+    def found(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"y": feeds["x"] * 2 + (len(feeds["x"]) == 3)}
+
+    prove_batches(expected, expected, split, 1e-6)
+    with pytest.raises(ExportError, match="batch of 3: y differs from torch by 1"):
+        prove_batches(expected, found, split, 1e-3)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from toolchain.artifact import EdgestillError, create, digest, read, remove, sha256, verify, versions, write_json
 from toolchain.stage import Job, progress
-from toolchain.tasks import load_data
+from toolchain.tasks import load_data, save_npz
 from toolchain.tasks.backbones import state_sha256, weight_file
 from toolchain.tasks.teacher_net import Extractor, TeacherBody
 from toolchain.tasks.vision import TeacherSection, Views, apply_view
@@ -169,7 +169,7 @@ class _Writer:
         mean = total / (len(images) * taps.shape[2])
         std = np.sqrt(np.maximum(square / (len(images) * taps.shape[2]) - mean**2, 0))
         std[std <= 1e-5 * std.max()] = 1.0  # channels that never move
-        np.savez(self.stats, mean=mean.astype(np.float32), std=std.astype(np.float32))
+        save_npz(self.stats, {"mean": mean.astype(np.float32), "std": std.astype(np.float32)})
         for part in self._chunks(len(images)):
             taps[0, part] = standardise(raw[part], *_stats(self.stats))
         self._finish("taps.0")
