@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.precision import cpu_call, opset_of
-from export.verify import compare, evenly, predict
+from export.verify import ParityError, compare, evenly, predict
 from toolchain.artifact import EdgestillError, Port, create, verify, versions
 from toolchain.stage import Job, console, main
 from toolchain.tasks import Split, load_data, load_task, save_npz
@@ -166,7 +166,7 @@ def prove_batches(
 ) -> None:
     """Run three batch sizes of real samples through both sides.
 
-    Raises ExportError where one fails, shapes differ, or a float output differs by more than ``limit``.
+    Raises ExportError where one fails or shapes differ, ParityError where a float output differs by over ``limit``.
     """
     for size in BATCHES:
         feeds = split.feed(np.arange(size) % len(split))
@@ -183,7 +183,7 @@ def prove_batches(
             if limit is None or not np.issubdtype(value.dtype, np.floating):
                 continue
             if not (difference := float(np.abs(outputs[name] - value).max())) <= limit:
-                raise ExportError(
+                raise ParityError(
                     f"batch of {size}: {name} differs from torch by {difference:.3g}, expected at most {limit:.3g} "
                     "(export.parity.limits.fp32.max_difference)"
                 )

@@ -198,5 +198,5 @@ def test_values_that_depend_on_the_batch_size_are_found() -> None:
         return {"y": feeds["x"] * 2 + (len(feeds["x"]) == 3)}
 
     prove_batches(expected, expected, split, 1e-6)
-    with pytest.raises(ExportError, match="batch of 3: y differs from torch by 1"):
+    with pytest.raises(ParityError, match="batch of 3: y differs from torch by 1"):
         prove_batches(expected, found, split, 1e-3)
