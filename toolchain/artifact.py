@@ -245,7 +245,7 @@ def create(
     draft_path = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left_over in [*folder.parent.glob(f".{folder.name}.*.tmp"), *folder.parent.glob(f".{folder.name}.*.old")]:
-        remove(left_over)
+        shutil.rmtree(left_over, ignore_errors=True)
     draft_path.mkdir()
     draft = Draft(draft_path)
     recorded = inputs_of(inputs or {})
@@ -280,10 +280,10 @@ def create(
 def _replace(source: Path, target: Path) -> None:
     if target.exists():
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
-        remove(old)
+        shutil.rmtree(old, ignore_errors=True)
         target.rename(old)
         source.rename(target)
-        remove(old)
+        shutil.rmtree(old)
     else:
         source.rename(target)
 
@@ -299,8 +299,12 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def remove(path: Path) -> None:
+    """Delete a file or folder. A folder is renamed first: killed half way, what is left is no folder of that name."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        old = path.with_name(f".{path.name.lstrip('.')}.{os.getpid()}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        shutil.rmtree(old)
     else:
         path.unlink(missing_ok=True)
 

@@ -158,7 +158,7 @@ class Pipeline:
         self.root.mkdir(parents=True, exist_ok=True)
         outcome = Outcome(self.root)
         with lock(self.root):
-            for left_over in self.root.glob(".*.tmp"):
+            for left_over in [*self.root.glob(".*.tmp"), *self.root.glob(".*.old")]:
                 artifact.remove(left_over)
             artifact.write_json(self.root / "config.json", self.cfg.model_dump(mode="json"))
             for stage in stages:

@@ -149,3 +149,19 @@ def test_stale_reasons(tmp_path: Path) -> None:
     assert reason() == "data changed"
     artifact.remove(folder)
     assert reason() == "not there"
+
+
+def test_a_folder_killed_while_it_is_removed_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(tmp_path / "a")
+
+    def half(path: Path, ignore_errors: bool = False) -> None:
+        if path.exists():
+            (path / artifact.MANIFEST).unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(artifact.shutil, "rmtree", half)
+        artifact.remove(folder)
+    assert not folder.exists()
+    make(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

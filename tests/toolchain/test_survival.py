@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -34,12 +35,12 @@ def killed_after(job: Job, seconds: float) -> bool:
     """Whether a child that runs ``job`` had to be killed after ``seconds``; False when it finished before."""
     child = os.fork()
     if child == 0:
-        code = 1
         try:
             distill.run(job)
-            code = 0
-        finally:
-            os._exit(code)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found, status = os.waitpid(child, os.WNOHANG)
