@@ -23,6 +23,23 @@ if TYPE_CHECKING:
     from toolchain.stage import Job
     from toolchain.tasks import Data
 
+__all__ = [
+    "STAGES",
+    "StudentSection",
+    "TeacherSection",
+    "batches",
+    "deploy",
+    "dry_run",
+    "features",
+    "files_state",
+    "hookable",
+    "load_student",
+    "load_teacher",
+    "scorer",
+    "student",
+    "teacher",
+]
+
 STAGES = ("features", "teacher")
 
 Images = NDArray[np.uint8]
