@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,7 @@ from toolchain.tasks.backbones import (
     timm_model,
     weight_file,
 )
-
-DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+from toolchain.tasks.nets import Deploy, count_parameters, is_own, own
 
 # --- pictures to tensors
 
@@ -191,18 +188,18 @@ def build_student(section: Any, info: Mapping[str, Any], task: str, seed: int, w
     height, wide = info["image_size"]
     size, channels, dense = (height, wide), int(info["channels"]), task.endswith("segmentation")
     source = weights or section.weights
-    own = section.model == "small_cnn" or bool(DOTTED.fullmatch(section.model))
+    mine = section.model == "small_cnn" or is_own(section.model)
     with seeded(seed):
         if section.model == "small_cnn":
             body = _call(small_cnn, section, channels=channels, size=size, width=section.width, dense=dense)
-        elif own:
-            body = _call(_dotted(section.model), section)
+        elif mine:
+            body = _call(own(section.model), section)
         else:
             body = _timm(section, size, channels, source, seed)
         width = _width(body, (1, channels, *size), section.model)
         classes = len(info["classes"])
         student = Student(body, MaskHead(width, classes, size) if dense else ClassHead(width, classes), width)
-    if own and source != "random":
+    if mine and source != "random":
         _read_own(body, source)
     found, allowed = count_parameters(student), section.max_parameters
     if allowed is not None and found > allowed:
@@ -244,18 +241,6 @@ def _call(make: Callable[..., Any], section: Any, **given: Any) -> nn.Module:
     return body
 
 
-def _dotted(path: str) -> Callable[..., Any]:
-    module, _, name = path.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a user's module may raise anything while it is imported
-        remedy = "expected package.module:function, installed or on PYTHONPATH"
-        raise ModelError(f"student.model {path!r}: {error}; {remedy}") from error
-    if not callable(found):
-        raise ModelError(f"student.model {path!r}: {type(found).__name__} is no function or class")
-    return found  # type: ignore[no-any-return]
-
-
 def _width(body: nn.Module, shape: tuple[int, ...], name: str) -> int:
     modes = {module: module.training for module in body.modules()}
     try:
@@ -270,10 +255,6 @@ def _width(body: nn.Module, shape: tuple[int, ...], name: str) -> int:
         shown = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ModelError(f"student.model {name}: expected a map (B, d, h, w) or a vector (B, d), found {shown}")
     return int(value.shape[1])
-
-
-def count_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def load_student(folder: Path | str) -> Student:
@@ -294,17 +275,6 @@ def load_student(folder: Path | str) -> Student:
 
 
 # --- deployment
-
-
-@dataclass
-class Deploy:
-    """A module ready for export: ``module(*example.values())`` gives a tuple in the order of ``outputs``."""
-
-    module: nn.Module
-    inputs: list[Port]
-    outputs: list[Port]
-    example: dict[str, Tensor]
-    dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
 
 
 class Decoded(nn.Module):
