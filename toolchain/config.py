@@ -31,7 +31,8 @@ class ConfigError(UsageError):
 class TrainSection(Section):
     """One training: AdamW; ``lr`` is the peak learning rate.
 
-    ``batch_size`` counts the samples of all ``processes`` together; there is one process per GPU.
+    ``batch_size`` counts the samples of all ``processes`` together; there is one process per GPU. The validation
+    split is scored every ``score_every`` epochs and after the last; ``select: best`` chooses among those.
     """
 
     epochs: Positive = 30
@@ -44,6 +45,7 @@ class TrainSection(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulate: Positive = 1
     select: Literal["last", "best"] = "last"
+    score_every: Positive = 1
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0
     threads: Positive | None = None
     processes: Positive = 1
@@ -280,7 +282,7 @@ def validate(
                 sections[key] = _section(model, value.get(key), (key,), faults)
     if method is not None:
         sections["method"] = _section(method, value["method"], ("method",), faults)
-    rest = {key: item for key, item in value.items() if key not in sections}
+    rest = _over(getattr(task, "DEFAULTS", {}), {key: item for key, item in value.items() if key not in sections})
     config = _section(
         Config, rest | {key: sections.get(key, {}) for key in ("data", "method") if key in value}, (), faults
     )
@@ -301,6 +303,15 @@ def validate(
         raise ConfigError("\n".join(_render(fault, source, lines or {}, overridden or set()) for fault in faults))
     assert isinstance(config, Config)
     return config
+
+
+def _over(defaults: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
+    """``value`` with what it leaves out taken from the task's ``defaults``, key by key."""
+    merged = dict(defaults) | dict(value)
+    for key, below in defaults.items():
+        if isinstance(below, Mapping) and isinstance(value.get(key), Mapping):
+            merged[key] = _over(below, value[key])
+    return merged
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -77,3 +77,25 @@ def usage_perplexity(assignment: Tensor) -> Tensor:
     mean = assignment.detach().float().flatten(0, -2).mean(0)
     entropy: Tensor = torch.special.entr(mean).sum()
     return entropy.exp()
+
+
+def nearest(candidates: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``candidates`` (B, K, D) the one nearest to ``target`` (B, D): L2 distances (B,) and indices (B,)."""
+    found = (candidates - target[:, None]).norm(dim=-1).min(1)
+    return found.values, found.indices
+
+
+def diversity(candidates: Tensor, sigma: float) -> Tensor:
+    """Mean over pairs i < j of exp(-|E_i - E_j|^2 / sigma): 1 where all K of (B, K, D) coincide, 0 where far apart.
+
+    ``sigma`` in the candidates' unit squared. PPT, arXiv 2407.11588, the second term of task II's loss.
+    """
+    count = candidates.shape[1]
+    rows, columns = torch.triu_indices(count, count, 1, device=candidates.device)
+    squared = (candidates[:, rows] - candidates[:, columns]).square().sum(-1)
+    return torch.exp(-squared / sigma).mean()
+
+
+def displacement(path: Tensor, target: Tensor) -> Tensor:
+    """Mean L2 distance of positions, both (..., 2)."""
+    return (path - target).norm(dim=-1).mean()

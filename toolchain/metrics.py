@@ -82,6 +82,37 @@ def agreement(a: Array, b: Array) -> float:
     return float(np.mean(a == b))
 
 
+def errors(paths: Array, truth: Array) -> NDArray[np.float64]:
+    """L2 error of every hypothesis at every step (N, K, T), of ``paths`` (N, K, T, 2) against ``truth`` (N, T, 2)."""
+    if paths.ndim != 4 or truth.ndim != 3 or (paths.shape[0], *paths.shape[2:]) != truth.shape or not truth.size:
+        raise MetricError(
+            f"expected paths (N, K, T, 2) for true tracks (N, T, 2), found {paths.shape} and {truth.shape}; "
+            "score the outputs of the split they were made from"
+        )
+    if not np.isfinite(paths).all():
+        raise MetricError("expected finite positions, found NaN or infinity; the model is broken or overflows")
+    found: NDArray[np.float64] = np.linalg.norm(paths.astype(np.float64) - truth[:, None], axis=-1)
+    return found
+
+
+def displacement_errors(paths: Array, truth: Array, best_of: int | None = None) -> dict[str, float]:
+    """ADE (mean over steps) and FDE (last step) of ``paths`` (N, K, T, 2), in their unit, as means over the N tracks.
+
+    ``minADE`` and ``minFDE``: the least of the first ``best_of`` hypotheses (default all K), each for itself;
+    ``meanADE`` and ``meanFDE``: the mean over them.
+    """
+    if best_of is not None and not 1 <= best_of <= paths.shape[1]:
+        raise MetricError(f"expected best_of in 1..{paths.shape[1]}, the hypotheses there are, found {best_of}")
+    found = errors(paths[:, :best_of], truth)
+    ade, fde = found.mean(2), found[:, :, -1]
+    return {
+        "minADE": float(ade.min(1).mean()),
+        "minFDE": float(fde.min(1).mean()),
+        "meanADE": float(ade.mean()),
+        "meanFDE": float(fde.mean()),
+    }
+
+
 def _same_shape(a: Array, b: Array) -> None:
     if a.shape != b.shape or not a.size:
         raise MetricError(

@@ -138,12 +138,20 @@ class Run:
             console.print(f"    {text}", markup=False)
 
     def stage(
-        self, name: str, distiller: Distiller, batches: Batches, recipe: TrainSection, score: Score | None = None
+        self,
+        name: str,
+        distiller: Distiller,
+        batches: Batches,
+        recipe: TrainSection,
+        score: Score | None = None,
+        watch: Mapping[str, Score] | None = None,
     ) -> nn.Module:
         """Train ``distiller`` and return its student; a stage that an earlier run finished is loaded instead.
 
         The whole distiller ends with the trained weights. The first value of ``score`` selects the best epoch when
-        the recipe asks for it. Raises TrainingError when loss or gradient are not finite.
+        the recipe asks for it. Scores to ``watch`` select nothing: each is logged, and the record's ``watched`` holds
+        the values of the epoch that is best by its own first one. Raises TrainingError when loss or gradient are not
+        finite.
         """
         if recipe.select == "best" and score is None:
             raise TrainingError(f"stage {name}: train.select=best needs a score to select by; use last")
@@ -154,7 +162,7 @@ class Run:
         folder = self.work / "stages" / name
         if not self._load(folder, key, distiller):
             self.seed(name)
-            _Training(self, name, key, distiller, batches, recipe, score).fit(folder)
+            _Training(self, name, key, distiller, batches, recipe, score, watch or {}).fit(folder)
         shutil.rmtree(self.work / name, ignore_errors=True)
         self.records.append(artifact.read(folder).extra)
         self.seed(name, "done")
@@ -188,8 +196,9 @@ class _Training:
         batches: Batches,
         recipe: TrainSection,
         score: Score | None,
+        watch: Mapping[str, Score],
     ) -> None:
-        self.run, self.name, self.key, self.recipe, self.score = run, name, key, recipe, score
+        self.run, self.name, self.key, self.recipe, self.score, self.watch = run, name, key, recipe, score, watch
         self.batches = batches
         self.folder = run.work / name
         self.metrics = self.folder / "train.jsonl"
@@ -200,6 +209,7 @@ class _Training:
         self.sums: Moments = {}
         self.seconds = 0.0
         self.best: dict[str, Any] = {}
+        self.watched: dict[str, dict[str, Any]] = {}
         self.best_tensors: dict[str, Tensor] = {}
         self.pending: list[tuple[int, dict[str, Tensor]]] = []
         self.saved: Path | None = None
@@ -302,21 +312,21 @@ class _Training:
 
     def _end_epoch(self, bar: Bar) -> None:
         spent = self._elapsed()
-        val: dict[str, float] = {}
-        if self.score is not None:
-            val = {name: float(value) for name, value in self.score(self.distiller.student).items()}
-        for name, value in val.items():
-            if not math.isfinite(value):
-                self._refuse(self.step - 1, f"validation score {name}", value)
+        due = (self.epoch + 1) % self.recipe.score_every == 0 or self.epoch + 1 == self.recipe.epochs
+        val = self._scores("validation", self.score) if due and self.score is not None else {}
+        watched = {name: self._scores(name, score) for name, score in self.watch.items()} if due else {}
         means = self._means()
         if self.accelerator.num_processes > 1:
             reduced = self.accelerator.reduce(torch.tensor(list(means.values()), device=self.device), "mean").tolist()
             means = dict(zip(means, reduced, strict=True))
         line = {"stage": self.name, "epoch": self.epoch + 1, "step": self.step}
-        line |= {"lr": self.optimizer.param_groups[0]["lr"], **means, "val": val, "seconds": round(spent, 3)}
+        line |= {"lr": self.optimizer.param_groups[0]["lr"], **means, "val": val, **watched, "seconds": round(spent, 3)}
         samples = len(self.batches) * self.batches.batch_size
         line["samples_per_second"] = round(samples / max(spent, 1e-9), 1)
         self._consider(val)
+        for name, scores in watched.items():
+            if self._better(scores, self.watched.get(name, {}).get("scores", {})):
+                self.watched[name] = {"epoch": self.epoch + 1, "scores": scores}
         self.epoch, self.sums, self.seconds, self.lines = self.epoch + 1, {}, 0.0, self.lines + 1
         self.started = time.monotonic()
         if self.accelerator.is_main_process:
@@ -324,12 +334,22 @@ class _Training:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def _consider(self, val: dict[str, float]) -> None:
+    def _scores(self, what: str, score: Score) -> dict[str, float]:
+        found = {name: float(value) for name, value in score(self.distiller.student).items()}
+        for name, value in found.items():
+            if not math.isfinite(value):
+                self._refuse(self.step - 1, f"{what} score {name}", value)
+        return found
+
+    def _better(self, found: Mapping[str, float], old: Mapping[str, float]) -> bool:
+        """Whether the first value of ``found`` beats that of ``old``."""
+        if not found or not old:
+            return bool(found) or not old
         sign = 1 if self.run.task.HIGHER_IS_BETTER else -1
-        headline = next(iter(val.values()), None)
-        old = next(iter(self.best.get("val", {}).values()), None)
-        better = headline is None or old is None or sign * headline > sign * old
-        if self.recipe.select == "last" or better:
+        return sign * next(iter(found.values())) > sign * next(iter(old.values()))
+
+    def _consider(self, val: dict[str, float]) -> None:
+        if self.recipe.select == "last" or self._better(val, self.best.get("val", {})):
             self.best = {"epoch": self.epoch + 1, "val": val}
             if self.recipe.select == "best":
                 self.best_tensors = {
@@ -362,7 +382,7 @@ class _Training:
         tensors |= {f"best.{name}": value for name, value in self.best_tensors.items()}
         tensors |= {f"rng.{name}": self._gathered(value) for name, value in checkpoint.rng_states(self.device).items()}
         state = {"key": self.key, "epoch": self.epoch, "step": self.step, "lines": self.lines, "sums": self.sums}
-        state |= {"seconds": self._elapsed(), "best": self.best}
+        state |= {"seconds": self._elapsed(), "best": self.best, "watched": self.watched}
         if self.accelerator.is_main_process:
             self.saved = checkpoint.save(self.folder, self.step, tensors, state)
         self.checked = time.monotonic()
@@ -406,6 +426,7 @@ class _Training:
         self.best_tensors = {name: value.to(self.device) for name, value in checkpoint.under(tensors, "best.").items()}
         self.epoch, self.step, self.lines = state["epoch"], state["step"], state["lines"]
         self.sums, self.seconds, self.best = state["sums"], state["seconds"], state["best"]
+        self.watched = state["watched"]
         rank = self.accelerator.process_index
         checkpoint.set_rng_states(
             {name: value[rank].clone() for name, value in checkpoint.under(tensors, "rng.").items()}
@@ -430,6 +451,7 @@ class _Training:
                 "epochs": self.recipe.epochs,
                 "best_epoch": self.best.get("epoch"),
                 "val": self.best.get("val", {}),
+                "watched": self.watched,
                 "steps": self.total,
             }
 

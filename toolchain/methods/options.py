@@ -109,6 +109,64 @@ class ProCKD(Section):
         return self
 
 
+class Training(Section):
+    """One of a method's trainings: what it has of its own beside the section ``train``. No epochs: it is left out."""
+
+    epochs: Annotated[int, Field(ge=0)]
+    lr: Annotated[float, Field(gt=0)]
+
+
+class PPT(Section):
+    """Progressive pretext-task learning; weights in the unit of the scaled tracks, see ``methods/ppt.py``.
+
+    ``step``: next position (task I); ``warmup`` and ``destination``: task II, first with the encoder frozen;
+    ``complete``: task III, whose destination predictor learns at ``destination_lr`` (0: frozen). ``diversity`` and
+    ``sigma``: task II's second term; ``features`` and ``destination_features``: the two distillation terms of task
+    III; ``branches``: its supervision of the other hypotheses by the section ``teacher``. ``test_selected``: also
+    report the epoch of task III that is best on the test split, the official code's habit, beside the honest one.
+    """
+
+    name: Literal["ppt"]
+    step: Training = Training(epochs=60, lr=1e-3)
+    warmup: Training = Training(epochs=10, lr=1e-3)
+    destination: Training = Training(epochs=60, lr=1e-4)
+    complete: Training = Training(epochs=60, lr=1.5e-3)
+    destination_lr: Weight = 1e-7
+    destination_weight: Weight = 1.0
+    diversity: Weight = 100.0
+    sigma: Annotated[float, Field(gt=0)] = 1.0
+    features: Weight = 5.0
+    destination_features: Weight = 0.5
+    branches: Weight = 0.0
+    test_selected: bool = False
+
+    @model_validator(mode="after")
+    def _sound(self) -> PPT:
+        if not self.complete.epochs:
+            raise ValueError("complete.epochs: task III makes the model that ships; expected at least 1")
+        if self.warmup.epochs and not self.destination.epochs:
+            raise ValueError("warmup without destination: set warmup.epochs to 0 too, or give destination.epochs")
+        if self.features and not self.step.epochs:
+            raise ValueError("features > 0 distils from task I, which step.epochs 0 leaves out; set features to 0")
+        if self.destination_features and not self.destination.epochs:
+            raise ValueError(
+                "destination_features > 0 distils from task II, which destination.epochs 0 leaves out; "
+                "set destination_features to 0"
+            )
+        return self
+
+
+class PPTStudent(Section):
+    """A finished PPT teaches a smaller network, hypothesis by hypothesis; see ``methods/ppt_student.py``."""
+
+    name: Literal["ppt_student"]
+    paths: Weight = 1.0
+    destinations: Weight = 1.0
+    features: Weight = 1.0
+    truth: Weight = 1.0
+    ranking: Weight = 1.0
+
+
 OPTIONS: dict[str, type[Section]] = {
     "plain": Plain,
     "fitnet": FitNet,
@@ -116,5 +174,8 @@ OPTIONS: dict[str, type[Section]] = {
     "inverted_projection": InvertedProjection,
     "hinton": Hinton,
     "prockd": ProCKD,
+    "ppt": PPT,
+    "ppt_student": PPTStudent,
 }
-NEEDS_TEACHER = frozenset(OPTIONS) - {"plain"}
+TRAJECTORY = frozenset({"ppt", "ppt_student"})
+NEEDS_TEACHER = frozenset(OPTIONS) - TRAJECTORY - {"plain"}

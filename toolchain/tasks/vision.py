@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from toolchain.artifact import EdgestillError, digest, sha256
-from toolchain.methods.options import NEEDS_TEACHER
+from toolchain.methods.options import NEEDS_TEACHER, TRAJECTORY
 from toolchain.section import Section
 
 if TYPE_CHECKING:
@@ -212,6 +212,8 @@ def check(config: Any, height: int, width: int) -> list[tuple[tuple[Any, ...], s
     """Faults between sections that image tasks share, as (key path, message)."""
     faults: list[tuple[tuple[Any, ...], str]] = []
     method = getattr(config.method, "name", None)
+    if method in TRAJECTORY:
+        faults.append((("method",), f"{method} is for trajectories; for pictures choose another, such as prockd"))
     if config.teacher is None and method in NEEDS_TEACHER:
         faults.append(
             (("teacher",), f"method {method} learns from a teacher; add a teacher section, or use method: plain")

@@ -1,0 +1,243 @@
+"""Pedestrian trajectories: the last observed positions in, K futures and their probabilities out; minADE in metres.
+
+Every hypothesis keeps its place among the K: they are not sorted. Errors are the least over the K hypotheses
+(``minADE``, ``minFDE``, each with its own least), the mean over them (``meanADE``, ``meanFDE``), and that of the most
+probable one (``topADE``, ``topFDE``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from toolchain import metrics
+from toolchain.config import TrainSection
+from toolchain.methods.options import PPT, TRAJECTORY
+from toolchain.section import Section
+from toolchain.tasks import Arrays, Data, Split, track_data
+from toolchain.tasks.track_data import DataSection, prepare
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from toolchain.stage import Job
+
+__all__ = ["DataSection", "prepare"]
+
+HEADLINE = "minADE"
+HIGHER_IS_BETTER = False
+UNIT = "m"
+STAGES = ("teacher", "predictions")
+DEFAULTS: dict[str, Any] = {
+    "export": {
+        "parity": {
+            "limits": {
+                "fp32": {"max_difference": 1e-3, "agreement": 0.999, "metric_drop": 1e-4},
+                "fp16": {"max_difference": 0.05, "agreement": 0.98, "metric_drop": 0.002},
+                "int8-cpu": {"agreement": 0.0, "metric_drop": 0.01},
+                "int8-trt": {"agreement": 0.0, "metric_drop": 0.01},
+            }
+        }
+    },
+    "report": {"max_drop": 0.01},
+}
+AGREES_WITHIN = 0.01  # of the mean distance travelled: 4 cm for a pedestrian
+SCALES = {"m": 30.0, "px": 1.0}
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class StudentSection(Section):
+    """A network: ``ppt`` (three encoders of ``depth`` layers), ``one_shot`` or ``package.module:function`` of your own.
+
+    ``scale``: what tracks are multiplied by for the losses (default 30 for metres, the pixels of the Stanford Drone
+    Dataset, 1 for pixels); ``unit``: what the network divides them by inside. A function of your own is called with
+    ``options`` and returns a module from observed (B, T_o, 2) to paths (B, K, T_p, 2) and logits (B, K).
+    """
+
+    model: Annotated[str, Field(pattern=r"^(ppt|one_shot|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")] = "one_shot"
+    hypotheses: Positive = 20
+    width: Positive = 64
+    depth: Positive = 2
+    heads: Positive = 4
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    activation: Literal["gelu", "relu"] = "relu"
+    scale: Annotated[float, Field(gt=0)] | None = None
+    unit: Annotated[float, Field(gt=0)] = 60.0
+    options: dict[str, Any] = Field(default_factory=dict)
+    max_parameters: Positive | None = None
+
+    @model_validator(mode="after")
+    def _sound(self) -> StudentSection:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        if self.options and self.model in ("ppt", "one_shot"):
+            raise ValueError(f"options are for a function of your own; {self.model} has width, depth, heads, ...")
+        return self
+
+    def scale_of(self, unit: str) -> float:
+        """What tracks in ``unit`` are multiplied by."""
+        return SCALES[unit] if self.scale is None else self.scale
+
+
+def _published() -> StudentSection:
+    return StudentSection(model="ppt", width=128, depth=3, heads=8, dropout=0.1, activation="gelu")
+
+
+class TeacherSection(Section):
+    """A PPT that teaches: ``student`` is its network, ``method`` and ``train`` its training on the same data.
+
+    ``folder``: the student artifact of a finished run of ``method: ppt``, on the same data and with the same network,
+    instead of a training.
+    """
+
+    student: StudentSection = Field(default_factory=_published)
+    method: PPT = PPT(name="ppt")
+    train: TrainSection = TrainSection(weight_decay=0.0, batch_size=256)
+    folder: str | None = None
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": "ppt"} | value if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _sound(self) -> TeacherSection:
+        if self.student.model != "ppt":
+            raise ValueError(f"the teacher is a PPT: expected student.model ppt, found {self.student.model}")
+        if self.method.branches:
+            raise ValueError("method.branches needs a teacher of its own, which a teacher cannot have; set it to 0")
+        if self.folder is not None and {"method", "train"} & self.model_fields_set:
+            raise ValueError("folder names a finished training: remove method and train, or remove folder")
+        return self
+
+
+def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
+    """Faults between sections, as (key path, message)."""
+    method, student, teacher = config.method, config.student, config.teacher
+    name = getattr(method, "name", None)
+    faults: list[tuple[tuple[Any, ...], str]] = []
+    if "." not in str(name) and name not in TRAJECTORY:
+        faults.append((("method",), f"{name} is for pictures; for trajectories choose {' or '.join(sorted(TRAJECTORY))}"))
+    if name == "ppt" and student.model != "ppt":
+        faults.append((("student", "model"), f"method ppt trains the network ppt, found {student.model}"))
+    if name == "ppt" and bool(method.branches) != (teacher is not None):
+        message = "method ppt has a teacher if and only if method.branches is above 0; add or remove one of them"
+        faults.append((("teacher",), message))
+    if name == "ppt_student" and teacher is None and (method.paths or method.destinations or method.features):
+        message = "method ppt_student learns from a teacher; add a teacher section, or set all its weights but truth to 0"
+        faults.append((("teacher",), message))
+    if teacher is not None and teacher.student.hypotheses != student.hypotheses:
+        message = f"expected the teacher's {teacher.student.hypotheses} hypotheses, found {student.hypotheses}"
+        faults.append((("student", "hypotheses"), message))
+    if teacher is not None and teacher.student.scale != student.scale:
+        message = f"expected the teacher's scale {teacher.student.scale}, found {student.scale}"
+        faults.append((("student", "scale"), message))
+    return faults
+
+
+def score(outputs: Arrays, split: Split) -> dict[str, float]:
+    """ADE and FDE in the data's unit: least of K, mean over K, and of the most probable hypothesis."""
+    paths, truth = np.asarray(outputs["trajectories"]), np.asarray(split.arrays["future"])
+    top = np.asarray(outputs["probability"]).argmax(1)[:, None, None, None]
+    first = metrics.displacement_errors(np.take_along_axis(paths, top, 1), truth)
+    return metrics.displacement_errors(paths, truth) | {"topADE": first["minADE"], "topFDE": first["minFDE"]}
+
+
+def agreement(a: Arrays, b: Arrays) -> float:
+    """Share in [0, 1] of positions of ``b`` within 1 % of the mean distance travelled in ``a`` of those of ``a``."""
+    first, second = (np.asarray(side["trajectories"], np.float64) for side in (a, b))
+    if first.shape != second.shape or not first.size:
+        raise metrics.MetricError(
+            f"expected two non-empty arrays of one shape, found {first.shape} and {second.shape}; "
+            "score the outputs of the split they were made from"
+        )
+    travelled = np.linalg.norm(np.diff(first, axis=2), axis=-1).sum(2).mean()
+    near = np.linalg.norm(first - second, axis=-1) <= AGREES_WITHIN * travelled
+    return float(near.mean())
+
+
+def files_state(section: Any) -> str | None:
+    """A digest of the user's own files that a section names: when they change, what was made of them is stale."""
+    if isinstance(section, DataSection):
+        return track_data.files_state(section)
+    if isinstance(section, TeacherSection) and section.folder is not None:
+        from toolchain.artifact import is_whole, read
+
+        return read(section.folder).id if is_whole(section.folder) else None
+    return None
+
+
+def student(config: Mapping[str, Any], info: Mapping[str, Any]) -> nn.Module:
+    """A new student from the sections ``seed`` and ``student``; ``info`` is the data's."""
+    from toolchain.tasks import trajectory_nets
+
+    return trajectory_nets.build(StudentSection.model_validate(config["student"]), info, config["seed"])
+
+
+def network_of(config: Mapping[str, Any]) -> StudentSection:
+    """The network section of a student's or a teacher's manifest."""
+    found = config["student"] if "student" in config else config["teacher"]["student"]
+    return StudentSection.model_validate(found)
+
+
+def load_student(folder: Any) -> nn.Module:
+    """The trained network of a student or teacher artifact."""
+    from toolchain.artifact import read
+    from toolchain.tasks import trajectory_nets
+
+    return trajectory_nets.load(folder, network_of(read(folder).config))
+
+
+load_teacher = load_student
+
+
+def deploy(model: nn.Module, config: Mapping[str, Any], info: Mapping[str, Any]) -> Any:
+    """The Deploy of ``model``: tracks in the data's own coordinates in, futures in the same out."""
+    from toolchain.tasks import trajectory_nets
+
+    return trajectory_nets.deploy(model, network_of(config), info)
+
+
+def teacher(job: Job) -> None:
+    """Stage: train the PPT that teaches, or take a finished one."""
+    from toolchain.tasks import trajectory_teacher
+
+    trajectory_teacher.teach(job)
+
+
+def predictions(job: Job) -> None:
+    """Stage: what the teacher predicts for every training window in every version."""
+    from toolchain.tasks import trajectory_teacher
+
+    trajectory_teacher.predictions(job)
+
+
+def batches(run: Any, *wanted: str) -> Any:
+    """The training batches of a run, with the teacher's ``wanted``: ``paths``, ``feature``."""
+    from toolchain.tasks import trajectory_batches
+
+    return trajectory_batches.batches(run, *wanted)
+
+
+def scorer(run: Any, split: str = "val") -> Any:
+    """A function from a network to its scores on a split of a run's data."""
+    from toolchain.tasks import trajectory_batches
+
+    return trajectory_batches.scorer(run, split)
+
+
+def dry_run(config: Any, data: Data) -> dict[str, str]:
+    """Build the networks, which runs two tracks through each, and describe them."""
+    from toolchain.tasks import trajectory_nets
+    from toolchain.tasks.nets import count_parameters
+
+    shown = {}
+    for key, section in (("student", config.student), ("teacher", config.teacher and config.teacher.student)):
+        if section is not None:
+            net = trajectory_nets.build(section, data.info, config.seed)
+            shown[key] = f"{section.model}, {count_parameters(net):,} parameters, {section.hypotheses} hypotheses"
+    return shown

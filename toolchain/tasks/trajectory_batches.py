@@ -1,0 +1,138 @@
+"""Training batches of tracks in the five versions of PPT's augmentation, and the scorers of each network.
+
+Everything lies on the training's device; tracks are relative to the last observed position and scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from toolchain.artifact import EdgestillError
+from toolchain.batches import Batches
+from toolchain.tasks import Arrays, Split
+
+if TYPE_CHECKING:
+    from toolchain.train import Run
+
+Array = NDArray[Any]
+EVALUATION_BATCH = {"cpu": 32, "cuda": 1024}  # on a CPU the folded hypotheses should stay in the cache
+# Rows give x and y: identity, rotations by 90, 180 and 270 degrees, and the mirror image x -> -x (specification 1.4).
+VERSIONS = np.array(
+    [[[1, 0], [0, 1]], [[0, -1], [1, 0]], [[-1, 0], [0, -1]], [[0, 1], [-1, 0]], [[-1, 0], [0, 1]]], np.float32
+)
+
+
+def normalised(split: Split, scale: float) -> NDArray[np.float32]:
+    """Whole tracks (N, T, 2) relative to the last observed position, times ``scale``."""
+    observed = np.asarray(split.arrays["observed"], np.float64)
+    track = np.concatenate([observed, split.arrays["future"]], 1)
+    relative: NDArray[np.float32] = ((track - observed[:, -1:]) * scale).astype(np.float32)
+    return relative
+
+
+def versions(tracks: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N, T, 2) -> (5, N, T, 2)."""
+    return np.einsum("vij,ntj->vnti", VERSIONS, tracks).astype(np.float32)
+
+
+class TrajectoryBatches(Batches):
+    """Batches of ``track`` float32 (B, T, 2), each in a version drawn anew every epoch.
+
+    ``extra`` adds named arrays (5, N, ...) by version and sample, float16 or float32.
+    """
+
+    def __init__(self, run: Run, extra: Mapping[str, Array] | None = None) -> None:
+        train = run.data.splits["train"]
+        super().__init__(len(train), run.cfg.train.batch_size, self.gather, seed=run.cfg.seed)
+        self.scale = run.cfg.student.scale_of(run.data.info["unit"])
+        self.observe = int(run.data.info["observe"])
+        arrays = {"track": versions(normalised(train, self.scale))} | dict(extra or {})
+        self.arrays = {name: torch.from_numpy(np.asarray(a)).flatten(0, 1).to(run.device) for name, a in arrays.items()}
+        self._drawn: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
+
+    def version_of(self, epoch: int) -> NDArray[np.int64]:
+        """The version in which each sample is shown in ``epoch``."""
+        if self._drawn[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch, 1))
+            self._drawn = (epoch, rng.integers(len(VERSIONS), size=self.count))
+        return self._drawn[1]
+
+    def gather(self, index: NDArray[np.int64], epoch: int) -> dict[str, Tensor]:
+        rows = torch.from_numpy(self.version_of(epoch)[index] * self.count + index)
+        return {name: array[rows.to(array.device)].float() for name, array in self.arrays.items()}
+
+
+def pieces(run: Run, split: Split) -> Iterator[Tensor]:
+    """The tracks of a split in order, (B, T, 2) on the run's device."""
+    tracks = normalised(split, run.cfg.student.scale_of(run.data.info["unit"]))
+    size = EVALUATION_BATCH.get(run.device.type, 1024)
+    for start in range(0, len(tracks), size):
+        yield torch.from_numpy(tracks[start : start + size]).to(run.device)
+
+
+def predict(run: Run, split: Split, call: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Array]:
+    """What ``call`` gives for the observed positions (B, T_o, 2) of a split, concatenated."""
+    observe = int(run.data.info["observe"])
+    with torch.inference_mode():
+        found = [tuple(value.cpu().numpy() for value in call(track[:, :observe])) for track in pieces(run, split)]
+    return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+
+def scorer(run: Run, name: str = "val") -> Callable[[nn.Module], dict[str, float]]:
+    """A function that scores a network that ships on a split with the task's metrics, in the data's unit."""
+    split, scale = run.data.splits[name], run.cfg.student.scale_of(run.data.info["unit"])
+    observed: Array = np.asarray(split.arrays["observed"])
+
+    def score(module: nn.Module) -> dict[str, float]:
+        module.eval()
+        paths, logits = predict(run, split, module)
+        outputs: Arrays = {"trajectories": observed[:, None, -1:] + paths / scale, "probability": logits}
+        scores: dict[str, float] = run.task.score(outputs, split)
+        return scores
+
+    return score
+
+
+def next_position_scorer(run: Run, name: str = "val") -> Callable[[nn.Module], dict[str, float]]:
+    """Mean L2 error of every next position on a split, in the data's unit: what task I is selected by."""
+    split, scale = run.data.splits[name], run.cfg.student.scale_of(run.data.info["unit"])
+
+    @torch.inference_mode()
+    def score(module: nn.Module) -> dict[str, float]:
+        module.eval()
+        found = [(module(track[:, :-1]) - track[:, 1:]).norm(dim=-1) for track in pieces(run, split)]
+        return {"next_position": float(torch.cat(found).mean()) / scale}
+
+    return score
+
+
+def destination_scorer(run: Run, name: str = "val") -> Callable[[nn.Module], dict[str, float]]:
+    """minFDE and meanFDE of a destination predictor on a split, in the data's unit: what task II is selected by."""
+    split, scale = run.data.splits[name], run.cfg.student.scale_of(run.data.info["unit"])
+    target = normalised(split, 1.0)[:, -1:]
+
+    def score(module: nn.Module) -> dict[str, float]:
+        module.eval()
+        (candidates,) = predict(run, split, lambda observed: (module(observed),))
+        found = np.linalg.norm(candidates / scale - target, axis=-1)
+        return {"minFDE": float(found.min(1).mean()), "meanFDE": float(found.mean())}
+
+    return score
+
+
+def batches(run: Run, *wanted: str) -> TrajectoryBatches:
+    """The training batches of ``run``; ``paths`` and ``feature`` are what the teacher predicts for each version."""
+    if unknown := [name for name in wanted if name not in ("paths", "feature")]:
+        raise EdgestillError(f"batches: expected some of paths, feature, found {unknown}")
+    if not wanted:
+        return TrajectoryBatches(run)
+    from toolchain.tasks.trajectory_teacher import load_predictions
+
+    found = load_predictions(run.inputs["predictions"], run.inputs["data"], run.cfg.section("data", "teacher"))
+    return TrajectoryBatches(run, {name: found[name] for name in wanted})

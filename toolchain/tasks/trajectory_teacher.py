@@ -1,0 +1,120 @@
+"""The stages before a trajectory student: a PPT that teaches, and what it predicts for every training window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from toolchain.artifact import ArtifactError, EdgestillError, create, is_whole, read, verify, versions
+from toolchain.checkpoint import save_tensors
+from toolchain.config import validate
+from toolchain.stage import Job, console, progress
+from toolchain.tasks import load_data, trajectory
+from toolchain.tasks.backbones import WEIGHTS
+from toolchain.tasks.nets import count_parameters
+from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, VERSIONS, normalised, versions as versions_of
+
+FIELDS = ("paths", "feature")
+
+
+class TeacherError(EdgestillError):
+    """The teacher asked for cannot teach here."""
+
+
+def teach(job: Job) -> None:
+    """Stage ``teacher``: train the PPT of the teacher section, or copy a finished one's weights."""
+    from accelerate import PartialState
+
+    from toolchain.distill import train_student
+    from toolchain.train import read_metrics
+
+    section = trajectory.TeacherSection.model_validate(job.config["teacher"])
+    data = load_data(job.inputs["data"])
+    if section.folder is not None:
+        net, val, log, stages = _finished(Path(section.folder), section, job.config["data"])
+    else:
+        config = {key: job.config[key] for key in ("seed", "task", "data")}
+        inner = section.model_dump(mode="json", exclude={"folder"})
+        cfg = validate({"name": "teacher"} | config | inner)
+        trained = train_student(cfg, data, {"data": job.inputs["data"]}, job.work)
+        net, val, log, stages = trained.student, trained.val, read_metrics(trained.run), trained.run.records
+    if not PartialState().is_main_process:
+        return
+    with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
+        save_tensors(draft.path / WEIGHTS, net.state_dict())
+        if log:
+            (draft.path / "train.jsonl").write_text(log, encoding="utf-8")
+        draft.metrics = {"val": val}
+        draft.versions = versions("torch", "accelerate", "safetensors", "numpy")
+        draft.extra = {"info": data.info, "parameters": count_parameters(net), "stages": stages}
+    shown = ", ".join(f"{name} {value:.3f}" for name, value in list(val.items())[:2])
+    console.print(f"    teacher: {count_parameters(net):,} parameters, validation {shown}", markup=False)
+
+
+def _finished(folder: Path, section: Any, data: Any) -> tuple[Any, dict[str, float], str, list[Any]]:
+    """A finished PPT, after checking that it is one, of this network, and never saw this run's test split."""
+    if not is_whole(folder):
+        raise TeacherError(f"teacher.folder: expected the student folder of a run of method ppt, found nothing whole at {folder}")
+    manifest = verify(folder)
+    found = (manifest.config.get("method") or {}).get("name")
+    if found != "ppt":
+        raise TeacherError(f"teacher.folder {folder}: expected a student of method ppt, found {found or manifest.stage}")
+    if manifest.config["data"] != data:
+        differing = sorted(key for key in data if manifest.config["data"].get(key) != data[key])
+        raise TeacherError(
+            f"teacher.folder {folder}: trained on other data ({', '.join(differing)} differ), so it may have seen this "
+            "run's test split; give a teacher trained on the same data section"
+        )
+    if trajectory.network_of(manifest.config) != section.student:
+        raise TeacherError(f"teacher.folder {folder}: another network than teacher.student says; copy its student section")
+    path = folder / "train.jsonl"
+    log = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return trajectory.load_student(folder), manifest.metrics["val"], log, manifest.extra.get("stages", [])
+
+
+def predictions(job: Job) -> None:
+    """Stage ``predictions``: ``paths`` (5, N, K, T_p, 2) float32 scaled and ``feature`` (5, N, d) of each version."""
+    from accelerate import PartialState
+
+    section = trajectory.TeacherSection.model_validate(job.config["teacher"])
+    train = load_data(job.inputs["data"]).splits["train"]
+    net, device = trajectory.load_teacher(job.inputs["teacher"]).to(PartialState().device), PartialState().device
+    info = load_data(job.inputs["data"]).info
+    tracks = versions_of(normalised(train, section.student.scale_of(info["unit"])))
+    observe, count = int(info["observe"]), len(train)
+    size = EVALUATION_BATCH.get(device.type, 1024)
+    with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
+        shapes = {"paths": (section.student.hypotheses, int(info["predict"]), 2), "feature": (section.student.width,)}
+        files = {
+            name: np.lib.format.open_memmap(
+                draft.path / f"{name}.npy", "w+", np.float32, (len(VERSIONS), count, *shape)
+            )
+            for name, shape in shapes.items()
+        }
+        with torch.inference_mode(), progress("the teacher's predictions", len(VERSIONS) * count) as bar:
+            for version in range(len(VERSIONS)):
+                for start in range(0, count, size):
+                    observed = torch.from_numpy(tracks[version, start : start + size, :observe]).to(device)
+                    feature = net.destination.feature(observed)  # type: ignore[operator, union-attr]
+                    paths = net.paths(observed, net.destination.candidates(feature))  # type: ignore[operator, union-attr]
+                    files["paths"][version, start : start + size] = paths.cpu().numpy()
+                    files["feature"][version, start : start + size] = feature.cpu().numpy()
+                    bar.advance(len(observed))
+        for file in files.values():
+            file.flush()
+        draft.versions = versions("torch", "numpy")
+
+
+def load_predictions(folder: Path, data_folder: Path, config: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    """The teacher's predictions, memory-mapped. Raises ArtifactError when they are of other data or another teacher."""
+    manifest = read(folder)
+    if manifest.inputs["data"]["id"] != read(data_folder).id or any(
+        manifest.config[key] != value for key, value in config.items()
+    ):
+        raise ArtifactError(f"{folder}: made of other data or another teacher; run its stage again")
+    return {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in FIELDS}
