@@ -27,8 +27,8 @@ RADIUS = 0.2  # m of a body
 GIVE_WAY, GAMMA, TURN, BRAKE, RELATIVE = 4.5, 0.35, 2.0, 3.0, 2.0  # A in m/s2, gamma, n, n', lambda: Moussaid 2009
 PUSH, PUSH_RANGE = 3.0, 0.1  # m/s2 at touch, m of its decay: ibid., a and b
 BEHIND = 0.2  # share of giving way to those behind, an anisotropy as in Helbing & Molnar 1995
-PULL, GROUP_GAP = 1.5, 0.4  # m/s2 per m towards the group's centre, beyond this distance from it
-WANDER, WANDER_TIME = 0.1, 2.0  # rad of the heading's drift, s of its memory
+PULL, GROUP_GAP, LOST = 1.5, 0.4, 1.2  # m/s2 at most towards the group's centre, m from it where that begins and ends
+WANDER, WANDER_TIME = 0.06, 2.0  # rad of the heading's drift, s of its memory
 AIM = 0.6  # m behind a gate that people aim at; it is crossed when their body is behind it
 STRONGEST = 6.0  # m/s2
 STEP, SAMPLE, WARM_UP = 0.08, 0.4, 20.0  # s: of the integration, between samples, before the first sample
@@ -82,7 +82,7 @@ def _crossing() -> Scene:
     corners = [complex(x, y) for x in (-2.5, 2.5) for y in (-2.5, 2.5)]
     walls = [(c, complex(4 * c.real, c.imag)) for c in corners] + [(c, complex(c.real, 4 * c.imag)) for c in corners]
     pairs = [(a, b) for a in range(4) for b in range(a + 1, 4)]
-    routes = [_both(3 if a // 2 == b // 2 else 1, arms[a], middle[(a + b) % 2], arms[b]) for a, b in pairs]
+    routes = [_both(6 if a // 2 == b // 2 else 1, arms[a], middle[(a + b) % 2], arms[b]) for a, b in pairs]
     return Scene("crossing", tuple(walls), tuple(route for both in routes for route in both), 0.4)
 
 
@@ -105,9 +105,9 @@ def _square() -> Scene:
 def _doorway() -> Scene:
     """A wall with two doors: which one, and where to behind it."""
     west, doors = (-9 - 3.5j, -9 + 3.5j), ((1.2j, 2.4j), (-2.4j, -1.2j))
-    goals = (9 + 1.5j, 9 + 3.5j), (9 - 3.5j, 9 - 1.5j), (4 + 6j, 7 + 6j)
+    goals = (4, (9 - 3.5j, 9 + 3.5j)), (1, (5 + 6j, 8 + 6j))
     walls = (2.8j, 8j), (-0.8j, 0.8j), (-8j, -2.8j), (-12 - 4.2j, 12 - 4.2j)
-    routes = [_both(1, west, door, goal) for door in doors for goal in goals]
+    routes = [_both(weight, west, door, goal) for door in doors for weight, goal in goals]
     return Scene("doorway", walls, tuple(route for both in routes for route in both), 0.35)
 
 
@@ -155,8 +155,8 @@ class _Crowd:
             across = 1j * (end - start) / np.abs(end - start)
             across *= np.sign((across.conj() * way).real)
             points[1:] += AIM * across[1:]
-            speed = np.clip(rng.normal(SPEED, SPEED_SD), *SPEED_RANGE) * (1 if size == 1 else 0.9)
-            stops = now + rng.uniform(1, 12) if rng.random() < 0.08 else np.inf
+            speed = np.clip(rng.normal(SPEED, SPEED_SD), *SPEED_RANGE) * (1 if size == 1 else 0.95)
+            stops = now + rng.uniform(1, 12) if rng.random() < 0.06 else np.inf
             pause = stops, stops + rng.uniform(1, 5)
             heading = way[1] / abs(way[1])
             places = points[0] + 0.7j * heading * (np.arange(size) - (size - 1) / 2)
@@ -207,8 +207,10 @@ class _Crowd:
         weight = GIVE_WAY * (BEHIND + (1 - BEHIND) * (1 + ahead) / 2) * ~same
         push = PUSH * np.exp((2 * RADIUS - distance) / PUSH_RANGE)
         centre = (same * to).sum(2) / same.sum(2)
-        pull = PULL * np.maximum(np.abs(centre) - GROUP_GAP, 0) * _unit(centre)
-        return pull - (weight * t * (brake + 1j * turn) + push * e).sum(2)
+        apart = np.abs(centre)
+        pull = PULL * np.clip(apart - GROUP_GAP, 0, 1) * (apart < LOST) * _unit(centre)
+        force: Vectors = pull - (weight * t * (brake + 1j * turn) + push * e).sum(2)
+        return force
 
     def _walls(self) -> Vectors:
         """(R, SLOTS) m/s2 away from the nearest point of each wall."""
@@ -216,7 +218,8 @@ class _Crowd:
         to = self.at[:, :, None] - start
         share = (to * along.conj()).real / np.maximum(np.abs(along) ** 2, 1e-9)
         away = to - along * np.clip(share, 0, 1)
-        return (PUSH * np.exp((RADIUS - np.abs(away)) / PUSH_RANGE) * _unit(away)).sum(2)
+        force: Vectors = (PUSH * np.exp((RADIUS - np.abs(away)) / PUSH_RANGE) * _unit(away)).sum(2)
+        return force
 
 
 def _unit(vectors: Vectors) -> Vectors:

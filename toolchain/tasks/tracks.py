@@ -57,9 +57,7 @@ def read_tracks(
     place, width = _places(where, columns, names, rows)
     for line, row in zip(lines, rows, strict=True):
         if len(row) != width:
-            raise DataError(
-                f"{path}:{line}: expected {width} columns, found {len(row)}; mend the line, or remove it"
-            )
+            raise DataError(f"{path}:{line}: expected {width} columns, found {len(row)}; mend the line, or remove it")
     values = np.empty((len(rows), 4))
     for k, column in enumerate(place):
         try:
@@ -79,8 +77,10 @@ def _cells(path: Path) -> tuple[list[int], list[list[str]]]:
         text = path.read_text(encoding="utf-8-sig").removeprefix("#")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise DataError(f"{path}: expected a text file of {', '.join(COLUMNS)}, found none ({reason})") from error
-    kept = [(i, line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        raise DataError(
+            f"{path}: cannot be read as UTF-8 text ({reason}); check data.path, or save it again"
+        ) from error
+    kept = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not kept:
         raise DataError(f"{path}:1: expected rows of {', '.join(COLUMNS)}, found an empty file; remove or replace it")
     separator = next((mark for mark in ";," if mark in kept[0][1]), None)
@@ -173,7 +173,8 @@ def window_rows(recording: Recording, length: int = 20, stride: int = 1, least_a
     _, group, count = np.unique(step[order[at]], return_inverse=True, return_counts=True)
     at = at[count[group] >= least_agents]
     at = at[np.lexsort((recording.agent[order[at]], step[order[at]]))]
-    return order[at[:, None] + np.arange(length)]
+    rows: Integers = order[at[:, None] + np.arange(length)]
+    return rows
 
 
 def windows(
