@@ -19,17 +19,17 @@ from toolchain.tasks.tracks import COLUMNS, Recording, longest_run, read_tracks,
 
 SUFFIXES = (".txt", ".csv", ".tsv")
 PARTS = ("train", "val", "test")
-MEANT_FOR: dict[str, str] = {
-    "scene": "eth_ucy",
-    "download": "eth_ucy",
-    "columns": "files",
-    "metres_per_unit": "files",
-    "test_fraction": "files, simulator",
-    "val_fraction": "files, simulator, sdd",
-    "seed": "simulator, sdd",
-    "recordings": "simulator",
-    "seconds": "simulator",
-    "path": "files, eth_ucy, sdd",
+MEANT_FOR: dict[str, tuple[str, ...]] = {
+    "scene": ("eth_ucy",),
+    "download": ("eth_ucy",),
+    "path": ("files", "eth_ucy", "sdd"),
+    "columns": ("files",),
+    "metres_per_unit": ("files",),
+    "val_fraction": ("files", "simulator", "sdd"),
+    "test_fraction": ("files", "simulator"),
+    "seed": ("simulator", "sdd"),
+    "recordings": ("simulator",),
+    "seconds": ("simulator",),
 }
 FIXED: dict[str, dict[str, Any]] = {
     "simulator": {"unit": "m", "frame_step": 10, "seconds_per_step": 0.4},
@@ -92,8 +92,10 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _sound(self) -> DataSection:
         for key, sources in MEANT_FOR.items():
-            if self.source not in sources.split(", ") and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} has no meaning with source {self.source} (only {sources}); remove it")
+            if self.source not in sources and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} has no meaning with source {self.source}, only {', '.join(sources)}; remove it"
+                )
         for key, expected in FIXED.get(self.source, {}).items():
             if getattr(self, key) != expected:
                 raise ValueError(f"source {self.source} has {key} {expected}, found {getattr(self, key)}; remove {key}")
@@ -146,11 +148,12 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
     if not counts["windows"]:
         longest = max((longest_run(r) for r in recordings if len(r)), default=0)
         rule = " shared by 2 people" if section.least_agents == 2 else ""
+        share = f"raise data.{name}_fraction, " if section.source in MEANT_FOR.get(f"{name}_fraction", ()) else ""
         raise DataError(
             f"{section.source}, split {name}: expected a window of {length} steps (data.observe + data.predict){rule}, "
             f"found none in {', '.join(r.name for r in recordings)}: the longest track without a gap has {longest} at "
-            f"{section.frame_step} frame ids a step; check data.frame_step, lower data.predict or data.stride, or give "
-            "longer recordings"
+            f"{section.frame_step} frame ids a step; check data.frame_step, lower data.predict or data.stride, {share}"
+            "or give longer recordings"
         )
     used = [(len(np.unique(r.agent[index])), len(np.unique(index))) for r, index in zip(recordings, rows, strict=True)]
     counts["agents_without_window"] = counts["agents"] - sum(agents for agents, _ in used)
@@ -268,7 +271,11 @@ def _by_time(section: DataSection, parts: Recordings) -> Recordings:
     cut: Recordings = {name: [] for name in names}
     for recording in parts["train"]:
         edges = np.cumsum([1 - sum(shares.values()), *shares.values()])[:-1] * len(recording)
-        part = np.searchsorted(recording.frame[edges.astype(np.int64)], recording.frame, side="right")
+        part = np.searchsorted(
+            recording.frame[np.minimum(np.rint(edges).astype(np.int64), len(recording) - 1)],
+            recording.frame,
+            side="right",
+        )
         for k, name in enumerate(names):
             cut[name].append(recording.select(part == k))
     return parts | cut
