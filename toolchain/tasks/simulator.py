@@ -25,11 +25,13 @@ SPEED, SPEED_SD, SPEED_RANGE = 1.34, 0.26, (0.7, 2.1)  # m/s, desired: Helbing &
 RELAXATION = 0.5  # s to reach the desired velocity: ibid.
 RADIUS = 0.2  # m of a body
 GIVE_WAY, GAMMA, TURN, BRAKE, RELATIVE = 4.5, 0.35, 2.0, 3.0, 2.0  # A in m/s2, gamma, n, n', lambda: Moussaid 2009
-PUSH, PUSH_RANGE = 3.0, 0.1  # m/s2 at touch, m of its decay: ibid., a and b
-BEHIND = 0.2  # share of giving way to those behind, an anisotropy as in Helbing & Molnar 1995
-PULL, GROUP_GAP, LOST = 1.5, 0.4, 1.2  # m/s2 at most towards the group's centre, m from it where that begins and ends
+PUSH, PUSH_RANGE = 3.0, 0.1  # m/s2 at touch, m of its decay: a and b ibid., there from a wall to the centre
+BEHIND = 0.2  # share of giving way to those behind: anisotropy after Helbing & Molnar 1995
 WANDER, WANDER_TIME = 0.06, 2.0  # rad of the heading's drift, s of its memory
 AIM = 0.6  # m behind a gate that people aim at; it is crossed when their body is behind it
+GROUPS = (0.72, 0.22, 0.06)  # shares of arrivals of 1, 2 and 3 people
+ABREAST, TOGETHER = 0.7, 0.95  # m between people of a group, factor of their speed
+PAUSES = 0.06  # share of people who stop once
 STRONGEST = 6.0  # m/s2
 STEP, SAMPLE, WARM_UP = 0.08, 0.4, 20.0  # s: of the integration, between samples, before the first sample
 FRAME_STEP = 10  # frame ids of one sample, as in ETH/UCY
@@ -146,20 +148,23 @@ class _Crowd:
         for r, (scene, rng) in enumerate(zip(self.scenes, self.rng, strict=True)):
             if rng.random() > scene.rate * SAMPLE:
                 continue
-            size = int(rng.choice([1, 2, 3], p=[0.72, 0.22, 0.06]))
+            size = int(rng.choice([1, 2, 3], p=GROUPS))
             weights = np.array([weight for weight, _ in scene.routes])
             gates = np.array(scene.routes[rng.choice(len(weights), p=weights / weights.sum())][1])
             start, end = gates.T
-            points = start + (end - start) * rng.uniform(0.05, 0.95, len(gates))
+            share = rng.uniform(0.05, 0.95, len(gates))
+            room = ABREAST / 2 * (size - 1) / abs(end[0] - start[0])
+            share[0] = np.clip(share[0], room, 1 - room)
+            points = start + (end - start) * share
             way = np.diff(points, prepend=2 * points[0] - points[1])
             across = 1j * (end - start) / np.abs(end - start)
             across *= np.sign((across.conj() * way).real)
             points[1:] += AIM * across[1:]
-            speed = np.clip(rng.normal(SPEED, SPEED_SD), *SPEED_RANGE) * (1 if size == 1 else 0.95)
-            stops = now + rng.uniform(1, 12) if rng.random() < 0.06 else np.inf
+            speed = np.clip(rng.normal(SPEED, SPEED_SD), *SPEED_RANGE) * (1 if size == 1 else TOGETHER)
+            stops = now + rng.uniform(1, 12) if rng.random() < PAUSES else np.inf
             pause = stops, stops + rng.uniform(1, 5)
             heading = way[1] / abs(way[1])
-            places = points[0] + 0.7j * heading * (np.arange(size) - (size - 1) / 2)
+            places = points[0] + ABREAST * 1j * heading * (np.arange(size) - (size - 1) / 2)
             free = np.flatnonzero(self.agent[r] < 0)[:size]
             if len(free) < size or np.abs(self.at[r] - places[:, None]).min() < 0.9:
                 continue
@@ -192,7 +197,7 @@ class _Crowd:
         self.at += STEP * self.velocity
 
     def _people(self) -> Vectors:
-        """(R, SLOTS) m/s2: give way to others, keep off bodies, keep up with the group."""
+        """(R, SLOTS) m/s2: give way to all but one's group, and keep off bodies."""
         to = self.at[:, None, :] - self.at[:, :, None]  # from i to j
         distance = np.abs(to)
         e = _unit(to)
@@ -206,10 +211,7 @@ class _Crowd:
         same = self.group[:, :, None] == self.group[:, None, :]
         weight = GIVE_WAY * (BEHIND + (1 - BEHIND) * (1 + ahead) / 2) * ~same
         push = PUSH * np.exp((2 * RADIUS - distance) / PUSH_RANGE)
-        centre = (same * to).sum(2) / same.sum(2)
-        apart = np.abs(centre)
-        pull = PULL * np.clip(apart - GROUP_GAP, 0, 1) * (apart < LOST) * _unit(centre)
-        force: Vectors = pull - (weight * t * (brake + 1j * turn) + push * e).sum(2)
+        force: Vectors = -(weight * t * (brake + 1j * turn) + push * e).sum(2)
         return force
 
     def _walls(self) -> Vectors:

@@ -270,12 +270,9 @@ def _by_time(section: DataSection, parts: Recordings) -> Recordings:
     names = ["train", *shares]
     cut: Recordings = {name: [] for name in names}
     for recording in parts["train"]:
-        edges = np.cumsum([1 - sum(shares.values()), *shares.values()])[:-1] * len(recording)
-        part = np.searchsorted(
-            recording.frame[np.minimum(np.rint(edges).astype(np.int64), len(recording) - 1)],
-            recording.frame,
-            side="right",
-        )
+        edges = np.rint(np.cumsum([1 - sum(shares.values()), *shares.values()])[:-1] * len(recording)).astype(np.int64)
+        frames = recording.frame[np.minimum(edges, len(recording) - 1)]
+        part = np.searchsorted(frames, recording.frame, side="right")
         for k, name in enumerate(names):
             cut[name].append(recording.select(part == k))
     return parts | cut

@@ -84,7 +84,7 @@ def test_nobody_is_stuck(recordings: list[Recording]) -> None:
 
 def test_one_past_has_several_futures() -> None:
     """From the west arm of the crossing people leave by every other arm."""
-    crossing = simulate(2, 400.0, seed=0)[1]
+    crossing = simulate(2, 300.0, seed=0)[1]
     ends = []
     for agent in np.unique(crossing.agent):
         xy = crossing.xy[crossing.agent == agent]
@@ -98,15 +98,14 @@ def test_one_past_has_several_futures() -> None:
     assert min(shares["north"], shares["south"]) > 0.02
 
 
-def test_groups_stay_together() -> None:
-    """Some pairs arrive at once, side by side, and are still together 6 s later."""
-    square = simulate(3, 200.0, seed=3)[2]
-    first = {a: int(np.argmax(square.agent == a)) for a in np.unique(square.agent)}
-    kept = []
-    for a, b in ((a, a + 1) for a in first if a + 1 in first):
-        same_start = square.frame[first[a]] == square.frame[first[b]] > 0
-        one, two = square.xy[square.agent == a], square.xy[square.agent == b]
-        if same_start and np.linalg.norm(one[0] - two[0]) < 0.8 and min(len(one), len(two)) > 15:
-            kept.append(np.linalg.norm(one[15] - two[15]) < 2.0)
-    assert len(kept) >= 5
-    assert np.mean(kept) > 0.8
+def test_groups_stay_together(recordings: list[Recording]) -> None:
+    """Neighbours who arrive at once are still side by side 6 s later."""
+    apart = []
+    for r in recordings:
+        tracks = {int(a): np.flatnonzero(r.agent == a) for a in np.unique(r.agent)}
+        for one, two in ((rows, tracks[a + 1]) for a, rows in tracks.items() if a + 1 in tracks):
+            together = 0 < r.frame[one[0]] == r.frame[two[0]] and np.linalg.norm(r.xy[one[0]] - r.xy[two[0]]) < 0.75
+            if together and min(len(one), len(two)) > 15:
+                apart.append(np.linalg.norm(r.xy[one[15]] - r.xy[two[15]]))
+    assert len(apart) > 50
+    assert np.median(apart) < 0.85
