@@ -223,13 +223,11 @@ def _sdd(section: DataSection) -> tuple[Recordings, str | None]:
     parts = {part: _folder(section, root / part) for part in PARTS if (root / part).is_dir()}
     if "val" not in parts:
         agents = [np.unique(r.agent) for r in parts["train"]]
-        total = sum(map(len, agents))
-        drawn = np.zeros(total, bool)
-        drawn[np.random.default_rng(section.seed).permutation(total)[: max(1, round(section.val_fraction * total))]] = (
-            True
+        order = np.random.default_rng(section.seed).permutation(sum(map(len, agents)))
+        drawn = np.split(
+            order < max(1, round(section.val_fraction * len(order))), np.cumsum(list(map(len, agents)))[:-1]
         )
-        chosen = np.split(drawn, np.cumsum([len(a) for a in agents])[:-1])
-        held = [np.isin(r.agent, a[c]) for r, a, c in zip(parts["train"], agents, chosen, strict=True)]
+        held = [np.isin(r.agent, a[d]) for r, a, d in zip(parts["train"], agents, drawn, strict=True)]
         pairs = list(zip(parts["train"], held, strict=True))
         parts["val"] = [r.select(h) for r, h in pairs if h.any()]
         parts["train"] = [r.select(~h) for r, h in pairs if not h.all()]
@@ -265,8 +263,6 @@ READERS: Mapping[str, Callable[[DataSection], tuple[Recordings, str | None]]] = 
 def _by_time(section: DataSection, parts: Recordings) -> Recordings:
     """What is missing of val and test, cut from the end of every training recording, test last: no window straddles."""
     shares = {part: getattr(section, f"{part}_fraction") for part in ("val", "test") if part not in parts}
-    if not shares:
-        return parts
     names = ["train", *shares]
     cut: Recordings = {name: [] for name in names}
     for recording in parts["train"]:

@@ -47,7 +47,7 @@ def read_tracks(
 
     Cells are separated by semicolons, commas or whitespace; the first line may name them. ``columns`` says where frame,
     id, x and y are: names of the first line, or numbers from 0; without a header the default means four columns in
-    that order. Raises DataError with file and line.
+    that order. Rows go by frame, or agent by agent. Raises DataError with file and line.
     """
     lines, rows = _cells(path)
     where = f"{path}:{lines[0]}"
@@ -132,8 +132,10 @@ def _checked(path: Path, lines: Integers, values: Floats, frame_step: int, scale
         fail(wrong, f"an integer {name}", k, "mend it, or check data.columns")
     frame, agent = values[:, 0].astype(np.int64), values[:, 1].astype(np.int64)
     back = np.append(False, np.diff(frame) < 0)
+    if np.count_nonzero(np.diff(agent)) + 1 == len(np.unique(agent)):  # written agent by agent
+        back[1:] &= np.diff(agent) == 0
     before = frame[max(int(np.argmax(back)) - 1, 0)]
-    fail(back, f"a frame of at least {before}, the line before's", 0, "sort the file by frame")
+    fail(back, f"a frame of at least {before}, the line before's", 0, "sort the file by frame (or id by id)")
     order = np.lexsort((agent, frame))
     again = np.append(False, (np.diff(frame[order]) == 0) & (np.diff(agent[order]) == 0))
     if again.any():
@@ -146,7 +148,7 @@ def _checked(path: Path, lines: Integers, values: Floats, frame_step: int, scale
     step = int(np.gcd.reduce(np.diff(frame)))
     remedy = f"mend the line, or set data.frame_step: {step} divides every step of this file"
     fail((frame - frame[0]) % frame_step != 0, f"a frame at {frame[0]} + {frame_step} k (data.frame_step)", 0, remedy)
-    return Recording(path.stem, frame, agent, values[:, 2:] * scale, frame_step)
+    return Recording(path.stem, frame[order], agent[order], values[order, 2:] * scale, frame_step)
 
 
 def _is_number(cell: str) -> bool:

@@ -50,6 +50,13 @@ def test_every_way_of_writing_gives_the_same(tmp_path: Path, text: str) -> None:
     assert np.allclose(read.xy, [row[2:] for row in ROWS])
 
 
+def test_agent_by_agent_is_an_order_too(tmp_path: Path) -> None:
+    by_agent = sorted(ROWS, key=lambda row: (-row[1], row[0]))
+    read = read_tracks(write(tmp_path / "a.txt", "\n".join(" ".join(map(str, row)) for row in by_agent)))
+    rows = zip(read.frame.tolist(), read.agent.tolist(), *read.xy.T.tolist(), strict=True)
+    assert list(rows) == ROWS
+
+
 def test_columns_and_scale(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "track,t,u,v,w\n1,0,9,2.5,5\n1,12,9,3,6\n")
     named = read_tracks(path, ["t", "track", "v", "w"], 12, scale=2.0)
@@ -74,7 +81,16 @@ BROKEN = {
     "half frame": ("0 1 0 0\n10.5 1 0 0\n", 2, r"expected an integer frame, found 10\.5; mend it"),
     "half id": ("0 1 0 0\n10 1.5 0 0\n", 2, r"expected an integer id, found 1\.5; mend it"),
     "huge id": ("0 1e300 0 0\n", 1, r"expected an integer id, found 1e\+300"),
-    "unsorted": (GOOD + "0 2 0 0\n", 3, r"expected a frame of at least 10, the line before's, found 0; sort the file"),
+    "unsorted": (
+        GOOD + "10 2 0 0\n20 1 0 0\n10 3 0 0\n",
+        5,
+        r"expected a frame of at least 20, the line before's, found 10; sort the file by frame \(or id by id\)",
+    ),
+    "unsorted agent": (
+        GOOD + "30 2 0 0\n20 2 0 0\n",
+        4,
+        r"expected a frame of at least 30, .* found 20; sort the file",
+    ),
     "duplicate": (
         GOOD + "10 2 0 0\n10 1 5 5\n",
         4,
