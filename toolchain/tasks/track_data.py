@@ -1,0 +1,296 @@
+"""The data of trajectory prediction: where tracks come from, how they are split, and the windows cut from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from toolchain.artifact import digest, sha256
+from toolchain.download import PUBLIC, fetch
+from toolchain.section import Section
+from toolchain.tasks import Arrays, Data, Split
+from toolchain.tasks.datasets import DataError, data_root
+from toolchain.tasks.simulator import simulate
+from toolchain.tasks.tracks import COLUMNS, Recording, longest_run, read_tracks, window_rows
+
+SUFFIXES = (".txt", ".csv", ".tsv")
+PARTS = ("train", "val", "test")
+MEANT_FOR: dict[str, tuple[str, ...]] = {
+    "scene": ("eth_ucy",),
+    "download": ("eth_ucy",),
+    "path": ("files", "eth_ucy", "sdd"),
+    "columns": ("files",),
+    "metres_per_unit": ("files",),
+    "val_fraction": ("files", "simulator", "sdd"),
+    "test_fraction": ("files", "simulator"),
+    "seed": ("simulator", "sdd"),
+    "recordings": ("simulator",),
+    "seconds": ("simulator",),
+}
+FIXED: dict[str, dict[str, Any]] = {
+    "simulator": {"unit": "m", "frame_step": 10, "seconds_per_step": 0.4},
+    "eth_ucy": {"unit": "m", "frame_step": 10, "seconds_per_step": 0.4},
+    "sdd": {"unit": "px", "seconds_per_step": 0.4},
+}
+INTERPOLATED = (
+    "the ETH recording biwi_eth is a 10-frame interpolation of 6-frame annotations, as in the literature: people move "
+    "about twice as far a step as in every other scene, and results on the 6-frame file do not compare"
+)
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Column = Annotated[int, Field(ge=0, strict=True)] | Annotated[str, Field(min_length=1)]
+Recordings = dict[str, list[Recording]]
+
+
+class DataSection(Section):
+    """Tracks, and the windows of ``observe`` + ``predict`` steps cut from them at every ``stride``-th step.
+
+    ``source``: ``simulator``; ``eth_ucy`` with ``scene`` held out for the test; ``sdd``, the Stanford drone tracks of
+    TrajNet; ``files``, your own. ``path``: for ``files`` a file, or a folder of track files or of the folders train,
+    val and test; else the data folder (default: EDGESTILL_DATA, else a cache folder). ``least_agents``: windows count
+    where so many people share them (2: the Social-GAN loader's rule).
+
+    Frame ids are ``frame_step`` apart (sdd: 12) for ``seconds_per_step``. ``columns``: names or numbers (from 0) of
+    frame, id, x and y. ``metres_per_unit`` makes metres of the files' unit. ``val_fraction`` and ``test_fraction``:
+    what is cut from the end of every recording where a source has no such split (sdd: tracks drawn from ``seed``).
+    ``train_samples``: use that many training windows, evenly spread. ``recordings`` of ``seconds`` each are simulated
+    from ``seed``.
+    """
+
+    source: Literal["simulator", "eth_ucy", "sdd", "files"]
+    scene: Literal["eth", "hotel", "univ", "zara1", "zara2"] | None = None
+    path: str | None = None
+    observe: Annotated[int, Field(ge=2)] = 8
+    predict: Positive = 12
+    stride: Positive = 1
+    least_agents: Annotated[int, Field(ge=1, le=2)] = 1
+    frame_step: Positive = 10
+    seconds_per_step: Annotated[float, Field(gt=0)] = 0.4
+    unit: Literal["m", "px"] = "m"
+    metres_per_unit: Annotated[float, Field(gt=0)] = 1.0
+    columns: tuple[Column, Column, Column, Column] = COLUMNS
+    val_fraction: Share = 0.1
+    test_fraction: Share = 0.2
+    train_samples: Positive | None = None
+    download: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    recordings: Positive = 8
+    seconds: Annotated[float, Field(ge=60, le=3600)] = 160.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_sdd(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("source") == "sdd":
+            return {"unit": "px", "frame_step": 12} | value
+        return value
+
+    @model_validator(mode="after")
+    def _sound(self) -> DataSection:
+        for key, sources in MEANT_FOR.items():
+            if self.source not in sources and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} has no meaning with source {self.source}, only {', '.join(sources)}; remove it"
+                )
+        for key, expected in FIXED.get(self.source, {}).items():
+            if getattr(self, key) != expected:
+                raise ValueError(f"source {self.source} has {key} {expected}, found {getattr(self, key)}; remove {key}")
+        if self.source == "eth_ucy" and self.scene is None:
+            raise ValueError("source eth_ucy needs scene, the one held out: eth, hotel, univ, zara1 or zara2")
+        if self.source == "files" and not self.path:
+            raise ValueError("source files needs path: your track file, or the folder of them")
+        if self.unit == "px" and self.metres_per_unit != 1:
+            raise ValueError("metres_per_unit makes metres, but unit is px; set unit: m, or remove metres_per_unit")
+        if len(set(self.columns)) < len(self.columns):
+            raise ValueError(f"columns: expected four different ones (frame, id, x, y), found {list(self.columns)}")
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError("val_fraction + test_fraction leave nothing for training; lower them")
+        return self
+
+
+def prepare(section: DataSection) -> Data:
+    """Read the source and cut its windows. Raises DataError, DownloadError.
+
+    Arrays: ``observed`` (N, observe, 2) and ``future`` (N, predict, 2) float32 in ``info["unit"]``, world coordinates;
+    int64 (N,): ``scene``, an index into ``meta["scenes"]``, ``agent``, and ``frame``, the window's first.
+    """
+    parts, note = READERS[section.source](section)
+    info = {key: getattr(section, key) for key in ("source", "unit", "observe", "predict", "seconds_per_step")}
+    counts, splits = {}, {}
+    for name in PARTS:
+        splits[name], counts[name] = _cut(section, name, parts[name])
+    if section.train_samples is not None:
+        train = splits["train"]
+        if section.train_samples > len(train):
+            raise DataError(
+                f"data.train_samples: expected at most {len(train)} (the training windows of source {section.source}), "
+                f"found {section.train_samples}; lower it or remove the key"
+            )
+        splits["train"] = train.select(np.arange(section.train_samples) * len(train) // section.train_samples)
+    return Data(splits, info | {"note": note, "counts": counts})
+
+
+def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tuple[Split, dict[str, int]]:
+    """The split's windows, and what gave how many."""
+    length = section.observe + section.predict
+    rows = [window_rows(r, length, section.stride, section.least_agents) for r in recordings]
+    counts = {
+        "recordings": len(recordings),
+        "recordings_without_window": sum(not len(index) for index in rows),
+        "agents": sum(len(np.unique(r.agent)) for r in recordings),
+        "rows": sum(map(len, recordings)),
+        "windows": sum(map(len, rows)),
+    }
+    if not counts["windows"]:
+        longest = max((longest_run(r) for r in recordings if len(r)), default=0)
+        rule = " shared by 2 people" if section.least_agents == 2 else ""
+        share = f"raise data.{name}_fraction, " if section.source in MEANT_FOR.get(f"{name}_fraction", ()) else ""
+        raise DataError(
+            f"{section.source}, split {name}: expected a window of {length} steps (data.observe + data.predict){rule}, "
+            f"found none in {', '.join(r.name for r in recordings)}: the longest track without a gap has {longest} at "
+            f"{section.frame_step} frame ids a step; check data.frame_step, lower data.predict or data.stride, {share}"
+            "or give longer recordings"
+        )
+    used = [(len(np.unique(r.agent[index])), len(np.unique(index))) for r, index in zip(recordings, rows, strict=True)]
+    counts["agents_without_window"] = counts["agents"] - sum(agents for agents, _ in used)
+    counts["rows_without_window"] = counts["rows"] - sum(points for _, points in used)
+    xy = np.concatenate([r.xy[index] for r, index in zip(recordings, rows, strict=True)]).astype(np.float32)
+    first = [index[:, 0] for index in rows]
+    arrays: Arrays = {
+        "observed": xy[:, : section.observe],
+        "future": xy[:, section.observe :],
+        "scene": np.repeat(np.arange(len(rows)), [len(index) for index in rows]),
+        "agent": np.concatenate([r.agent[index] for r, index in zip(recordings, first, strict=True)]),
+        "frame": np.concatenate([r.frame[index] for r, index in zip(recordings, first, strict=True)]),
+    }
+    meta = {"unit": section.unit, "seconds_per_step": section.seconds_per_step}
+    return Split(arrays, ("observed",), {"scenes": [r.name for r in recordings], **meta}), counts
+
+
+def files_state(section: DataSection) -> str | None:
+    """A digest of names, sizes and times of the user's own track files; None where the source is public."""
+    if section.source == "files":
+        root = Path(section.path or "").expanduser()
+    elif section.source == "sdd":
+        root = _place(section, "sdd")
+    else:
+        return None
+    files = [(str(path), path.stat()) for path in [root, *sorted(root.rglob("*"))] if path.is_file()]
+    return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]) if files else None
+
+
+def _simulated(section: DataSection) -> tuple[Recordings, str | None]:
+    made = simulate(section.recordings, section.seconds, section.seed)
+    return _by_time(section, {"train": made}), "simulated pedestrians: results say nothing about real ones"
+
+
+def _eth_ucy(section: DataSection) -> tuple[Recordings, str | None]:
+    root = _place(section, "eth_ucy")
+    remotes = {Path(*remote.url.split("/")[-3:]): remote for remote in PUBLIC[f"eth_ucy/{section.scene}"]}
+    missing = [place for place in remotes if not (root / place).is_file()]
+    if missing and not section.download:
+        home = next(iter(remotes.values())).url.rsplit("/", 3)[0]
+        raise DataError(
+            f"eth_ucy: expected {len(remotes)} files <scene>/<split>/<recording>.txt under {root}, {len(missing)} are "
+            f"missing, {missing[0]} first. Set EDGESTILL_DATA (or data.path) to a folder that has them in "
+            f"trajectory/eth_ucy, or data.download=true to fetch "
+            f"{sum(remotes[place].size for place in missing) / 1e6:.1f} MB from {home}"
+        )
+    for place in missing:
+        fetch(remotes[place].url, root / place, remotes[place].sha256, remotes[place].size)
+    notes = [INTERPOLATED] if section.scene == "eth" else []
+    if other := [str(place) for place, remote in remotes.items() if sha256(root / place) != remote.sha256]:
+        notes.append(f"{', '.join(other)} are not the public files: results do not compare with published ones")
+    parts = {
+        part: [_read(section, root / place) for place in sorted(remotes) if place.parts[1] == part] for part in PARTS
+    }
+    return parts, "; ".join(notes) or None
+
+
+def _sdd(section: DataSection) -> tuple[Recordings, str | None]:
+    root = _place(section, "sdd")
+    if not all((root / part).is_dir() for part in ("train", "test")):
+        raise DataError(
+            f"sdd: expected {root}/train and {root}/test with text files of rows 'frame id x y' in pixels, found none. "
+            "edgestill cannot download them: take the Stanford drone tracks of the TrajNet split that PECNet and Y-Net "
+            "use (github.com/HarshayuGirase/Human-Path-Prediction names its copy; write pickled tables as text), and "
+            "set EDGESTILL_DATA or data.path to the folder with trajectory/sdd"
+        )
+    parts = {part: _folder(section, root / part) for part in PARTS if (root / part).is_dir()}
+    if "val" not in parts:
+        agents = [np.unique(r.agent) for r in parts["train"]]
+        order = np.random.default_rng(section.seed).permutation(sum(map(len, agents)))
+        drawn = np.split(
+            order < max(1, round(section.val_fraction * len(order))), np.cumsum(list(map(len, agents)))[:-1]
+        )
+        held = [np.isin(r.agent, a[d]) for r, a, d in zip(parts["train"], agents, drawn, strict=True)]
+        pairs = list(zip(parts["train"], held, strict=True))
+        parts["val"] = [r.select(h) for r, h in pairs if h.any()]
+        parts["train"] = [r.select(~h) for r, h in pairs if not h.all()]
+    return parts, None
+
+
+def _files(section: DataSection) -> tuple[Recordings, str | None]:
+    root = Path(section.path or "").expanduser()
+    if root.is_file():
+        return _by_time(section, {"train": [_read(section, root)]}), None
+    if not root.is_dir():
+        raise DataError(f"data.path {root}: expected a track file or a folder of them, found nothing; correct it")
+    folders = {path.name: path for path in sorted(root.iterdir()) if path.is_dir() and not path.name.startswith(".")}
+    if not folders:
+        return _by_time(section, {"train": _folder(section, root)}), None
+    if other := sorted(set(folders) - set(PARTS)):
+        raise DataError(
+            f"{root / other[0]}: expected only folders train, val and test (or track files alone); rename or remove it"
+        )
+    if "train" not in folders:
+        raise DataError(f"{root}: expected a folder train beside {', '.join(folders)}; add it")
+    return _by_time(section, {part: _folder(section, folder) for part, folder in folders.items()}), None
+
+
+READERS: Mapping[str, Callable[[DataSection], tuple[Recordings, str | None]]] = {
+    "simulator": _simulated,
+    "eth_ucy": _eth_ucy,
+    "sdd": _sdd,
+    "files": _files,
+}
+
+
+def _by_time(section: DataSection, parts: Recordings) -> Recordings:
+    """What is missing of val and test, cut from the end of every training recording, test last: no window straddles."""
+    shares = {part: getattr(section, f"{part}_fraction") for part in ("val", "test") if part not in parts}
+    names = ["train", *shares]
+    cut: Recordings = {name: [] for name in names}
+    for recording in parts["train"]:
+        edges = np.rint(np.cumsum([1 - sum(shares.values()), *shares.values()])[:-1] * len(recording)).astype(np.int64)
+        frames = recording.frame[np.minimum(edges, len(recording) - 1)]
+        part = np.searchsorted(frames, recording.frame, side="right")
+        for k, name in enumerate(names):
+            cut[name].append(recording.select(part == k))
+    return parts | cut
+
+
+def _place(section: DataSection, name: str) -> Path:
+    """The folder of a public source: ``trajectory/<name>`` under the data folder, or ``<name>`` where that exists."""
+    root = data_root(section.path)
+    return next(
+        (root / place for place in (f"trajectory/{name}", name) if (root / place).is_dir()), root / "trajectory" / name
+    )
+
+
+def _folder(section: DataSection, folder: Path) -> list[Recording]:
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    for path in files:
+        if path.suffix.lower() not in SUFFIXES or not path.is_file():
+            raise DataError(f"{path}: expected track files ({', '.join(SUFFIXES)}); rename it, or move it elsewhere")
+    if not files:
+        raise DataError(f"{folder}: expected track files ({', '.join(SUFFIXES)}), found none; add some")
+    return [_read(section, path) for path in files]
+
+
+def _read(section: DataSection, path: Path) -> Recording:
+    return read_tracks(path, section.columns, section.frame_step, section.metres_per_unit)

@@ -1,0 +1,201 @@
+"""Pedestrian tracks: text files of ``frame, id, x, y`` to recordings, and recordings to windows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolchain.tasks.datasets import DataError
+
+Floats = NDArray[np.float64]
+Points = NDArray[np.float32]
+Integers = NDArray[np.int64]
+
+COLUMNS = ("frame", "id", "x", "y")
+_EXACT = 2**53  # the integers that a float64 holds
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What one camera saw: ``frame`` and ``agent`` (M,), ``xy`` (M, 2), sorted by frame, no (frame, agent) twice.
+
+    Frame ids lie on a grid of ``frame_step``, one time step apart; a frame or an agent may be missing anywhere.
+    """
+
+    name: str
+    frame: Integers
+    agent: Integers
+    xy: Floats
+    frame_step: int = 10
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def select(self, index: NDArray[Any] | slice) -> Recording:
+        return Recording(self.name, self.frame[index], self.agent[index], self.xy[index], self.frame_step)
+
+
+def read_tracks(
+    path: Path, columns: Sequence[str | int] = COLUMNS, frame_step: int = 10, scale: float = 1.0
+) -> Recording:
+    """A text file of one row per frame and agent; ``scale`` multiplies x and y.
+
+    Cells are separated by semicolons, commas or whitespace; the first line may name them. ``columns`` says where frame,
+    id, x and y are: names of the first line, or numbers from 0; without a header the default means four columns in
+    that order. Rows go by frame, or agent by agent. Raises DataError with file and line.
+    """
+    lines, rows = _cells(path)
+    where = f"{path}:{lines[0]}"
+    names = None
+    if not any(map(_is_number, rows[0])):
+        names, rows, lines = rows[0], rows[1:], lines[1:]
+    place, width = _places(where, columns, names, rows)
+    for line, row in zip(lines, rows, strict=True):
+        if len(row) != width:
+            raise DataError(f"{path}:{line}: expected {width} columns, found {len(row)}; mend the line, or remove it")
+    values = np.empty((len(rows), 4))
+    for k, column in enumerate(place):
+        try:
+            values[:, k] = [float(row[column]) for row in rows]
+        except ValueError:
+            bad = next(i for i, row in enumerate(rows) if not _is_number(row[column]))
+            raise DataError(
+                f"{path}:{lines[bad]}: expected a number for {COLUMNS[k]}, found {rows[bad][column]!r}; "
+                "mend the line (decimals with a point), or remove it"
+            ) from None
+    return _checked(path, np.array(lines), values, frame_step, scale)
+
+
+def _cells(path: Path) -> tuple[list[int], list[list[str]]]:
+    """Line numbers and cells of the lines that are not blank."""
+    try:
+        text = path.read_text(encoding="utf-8-sig").removeprefix("#")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise DataError(
+            f"{path}: cannot be read as UTF-8 text ({reason}); check data.path, or save it again"
+        ) from error
+    kept = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not kept:
+        raise DataError(f"{path}:1: expected rows of {', '.join(COLUMNS)}, found an empty file; remove or replace it")
+    separator = next((mark for mark in ";," if mark in kept[0][1]), None)
+    return [i for i, _ in kept], [[cell.strip() for cell in line.split(separator)] for _, line in kept]
+
+
+def _places(
+    where: str, columns: Sequence[str | int], names: list[str] | None, rows: list[list[str]]
+) -> tuple[list[int], int]:
+    """Where frame, id, x and y are, and how many columns there are."""
+    if not rows:
+        raise DataError(f"{where}: expected rows below this header, found none; remove or replace the file")
+    width = len(names or rows[0])
+    if names is None and tuple(columns) == COLUMNS:
+        if width != len(COLUMNS):
+            raise DataError(
+                f"{where}: expected 4 columns ({', '.join(COLUMNS)}), found {width}; "
+                "say which they are with data.columns, e.g. [0, 1, 2, 3]"
+            )
+        return list(range(4)), width
+    found = []
+    for column in columns:
+        if isinstance(column, int):
+            if column >= width:
+                raise DataError(
+                    f"{where}: expected a column {column}, found {width} columns; data.columns counts from 0"
+                )
+            found.append(column)
+        elif names is None or column not in names:
+            raise DataError(
+                f"{where}: expected a column named {column!r}, found {names or 'no header'}; set data.columns to the "
+                "names or the numbers (from 0) of frame, id, x and y"
+            )
+        else:
+            found.append(names.index(column))
+    return found, width
+
+
+def _checked(path: Path, lines: Integers, values: Floats, frame_step: int, scale: float) -> Recording:
+    def fail(bad: NDArray[np.bool_], expected: str, column: int, remedy: str) -> None:
+        if bad.any():
+            i = int(np.argmax(bad))
+            raise DataError(f"{path}:{lines[i]}: expected {expected}, found {values[i, column]:.15g}; {remedy}")
+
+    for k, name in enumerate(COLUMNS):
+        fail(~np.isfinite(values[:, k]), f"a finite {name}", k, "remove the line: a missing point is a missing line")
+    for k, name in enumerate(COLUMNS[:2]):
+        wrong = (values[:, k] != np.rint(values[:, k])) | (np.abs(values[:, k]) > _EXACT)
+        fail(wrong, f"an integer {name}", k, "mend it, or check data.columns")
+    frame, agent = values[:, 0].astype(np.int64), values[:, 1].astype(np.int64)
+    back = np.append(False, np.diff(frame) < 0)
+    if np.count_nonzero(np.diff(agent)) + 1 == len(np.unique(agent)):  # written agent by agent
+        back[1:] &= np.diff(agent) == 0
+    before = frame[max(int(np.argmax(back)) - 1, 0)]
+    fail(back, f"a frame of at least {before}, the line before's", 0, "sort the file by frame (or id by id)")
+    order = np.lexsort((agent, frame))
+    again = np.append(False, (np.diff(frame[order]) == 0) & (np.diff(agent[order]) == 0))
+    if again.any():
+        second = int(order[again].min())
+        first = int(np.argmax((frame == frame[second]) & (agent == agent[second])))
+        raise DataError(
+            f"{path}:{lines[second]}: expected each id once a frame, found id {agent[second]} in frame "
+            f"{frame[second]} as in line {lines[first]}; remove one, or give them different ids"
+        )
+    step = int(np.gcd.reduce(np.diff(frame)))
+    remedy = f"mend the line, or set data.frame_step: {step} divides every step of this file"
+    fail((frame - frame[0]) % frame_step != 0, f"a frame at {frame[0]} + {frame_step} k (data.frame_step)", 0, remedy)
+    return Recording(path.stem, frame[order], agent[order], values[order, 2:] * scale, frame_step)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def window_rows(recording: Recording, length: int = 20, stride: int = 1, least_agents: int = 1) -> Integers:
+    """Rows (N, length) of ``recording`` that make its windows, ordered by first frame, then agent.
+
+    A window starts at every ``stride``-th step of the frame grid and holds one agent that is present in all ``length``
+    frames; with ``least_agents`` it counts only where so many agents have the same one. A gap, of the agent or of the
+    whole recording, is in no window.
+    """
+    step = (recording.frame - recording.frame[:1]) // recording.frame_step
+    order = np.lexsort((step, recording.agent))
+    last = order[length - 1 :]
+    start = order[: len(last)]
+    whole = (recording.agent[start] == recording.agent[last]) & (step[last] - step[start] == length - 1)
+    at = np.flatnonzero(whole & (step[start] % stride == 0))
+    _, group, count = np.unique(step[order[at]], return_inverse=True, return_counts=True)
+    at = at[count[group] >= least_agents]
+    at = at[np.lexsort((recording.agent[order[at]], step[order[at]]))]
+    rows: Integers = order[at[:, None] + np.arange(length)]
+    return rows
+
+
+def windows(
+    recording: Recording, length: int = 20, stride: int = 1, least_agents: int = 1
+) -> tuple[Points, Integers, Integers]:
+    """Points (N, length, 2) of every window, see ``window_rows``, its agent (N,) and its first frame (N,)."""
+    rows = window_rows(recording, length, stride, least_agents)
+    return recording.xy[rows].astype(np.float32), recording.agent[rows[:, 0]], recording.frame[rows[:, 0]]
+
+
+def longest_run(recording: Recording) -> int:
+    """The most consecutive frames that one agent is present in."""
+    order = np.lexsort((recording.frame, recording.agent))
+    same = (np.diff(recording.agent[order]) == 0) & (np.diff(recording.frame[order]) == recording.frame_step)
+    ends = np.flatnonzero(np.append(~same, True))
+    return int(np.diff(np.append(-1, ends)).max())
+
+
+def constant_velocity(observed: Points, predict: int) -> Points:
+    """(N, T, 2) to (N, predict, 2): the last displacement repeated."""
+    steps = np.arange(1, predict + 1, dtype=observed.dtype)[:, None]
+    return observed[:, -1:] + steps * (observed[:, -1:] - observed[:, -2:-1])
