@@ -93,9 +93,11 @@ def diversity(candidates: Tensor, sigma: float) -> Tensor:
     count = candidates.shape[1]
     rows, columns = torch.triu_indices(count, count, 1, device=candidates.device)
     squared = (candidates[:, rows] - candidates[:, columns]).square().sum(-1)
-    return torch.exp(-squared / sigma).mean()
+    spread: Tensor = torch.exp(-squared / sigma).mean()
+    return spread
 
 
 def displacement(path: Tensor, target: Tensor) -> Tensor:
     """Mean L2 distance of positions, both (..., 2)."""
-    return (path - target).norm(dim=-1).mean()
+    distance: Tensor = (path - target).norm(dim=-1).mean()
+    return distance

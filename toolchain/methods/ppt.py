@@ -6,7 +6,8 @@ each starting from the one before it; x are the observed positions, y the future
 I    next position      mean (Step(s)_t - s_{t+1})^2
 IIa  warm-up            as IIb, with the encoder and the input layer frozen (dropout is on)
 IIb  destination        min_k |E_k - y_T| + lambda_d * mean_{i<j} exp(-|E_i - E_j|^2 / sigma)
-III  complete           mean_t |y^_t - y_t| + |e* - y_T| + lambda_t * MSE(W_t f_III, f_I) + lambda_d' * MSE(W_d g_III, g_II)
+III  complete           mean_t |y^_t - y_t| + |e* - y_T|
+                        + lambda_t * MSE(W_t f_III, f_I) + lambda_d' * MSE(W_d g_III, g_II)
 
 In III y^ is the path to e*, the candidate nearest to y_T; f_I are the features of task I's network, frozen, which sees
 the true future, and g_II the destination feature of task II's. W_t and W_d train and do not ship.

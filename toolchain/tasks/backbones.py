@@ -182,8 +182,8 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     """Raises EdgestillError; a pickle is refused, never opened."""
     if path.is_file():
         with path.open("rb") as file:
-            start = file.read(2)
-        if start == b"PK" or start[:1] == b"\x80":
+            start = file.read(9)
+        if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
             raise ArtifactError(f"{path}: expected safetensors, found a pickle, never opened here; make it again")
     return load_tensors(path)
 

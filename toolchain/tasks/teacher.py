@@ -20,9 +20,10 @@ from toolchain.stage import Job, progress
 from toolchain.tasks import Data, load_data, load_task
 from toolchain.tasks.backbones import WEIGHTS, load_safetensors, load_state, seeded, state_sha256
 from toolchain.tasks.features import FeatureCacheError, Features, features, load_features
+from toolchain.tasks.nets import count_parameters
 from toolchain.tasks.teacher_net import Extractor, TeacherBody, TeacherError, hookable, hookable_layers
 from toolchain.tasks.vision import TeacherSection, apply_view_mask
-from toolchain.tasks.vision_nets import build_student, count_parameters, normalise
+from toolchain.tasks.vision_nets import build_student, normalise
 
 __all__ = [
     "Extractor",

@@ -8,6 +8,7 @@ probable one (``topADE``, ``topFDE``).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -121,14 +122,18 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
     name = getattr(method, "name", None)
     faults: list[tuple[tuple[Any, ...], str]] = []
     if "." not in str(name) and name not in TRAJECTORY:
-        faults.append((("method",), f"{name} is for pictures; for trajectories choose {' or '.join(sorted(TRAJECTORY))}"))
+        faults.append(
+            (("method",), f"{name} is for pictures; for trajectories choose {' or '.join(sorted(TRAJECTORY))}")
+        )
     if name == "ppt" and student.model != "ppt":
         faults.append((("student", "model"), f"method ppt trains the network ppt, found {student.model}"))
     if name == "ppt" and bool(method.branches) != (teacher is not None):
         message = "method ppt has a teacher if and only if method.branches is above 0; add or remove one of them"
         faults.append((("teacher",), message))
     if name == "ppt_student" and teacher is None and (method.paths or method.destinations or method.features):
-        message = "method ppt_student learns from a teacher; add a teacher section, or set all its weights but truth to 0"
+        message = (
+            "method ppt_student learns from a teacher; add a teacher section, or set all its weights but truth to 0"
+        )
         faults.append((("teacher",), message))
     if teacher is not None and teacher.student.hypotheses != student.hypotheses:
         message = f"expected the teacher's {teacher.student.hypotheses} hypotheses, found {student.hypotheses}"
@@ -167,7 +172,8 @@ def files_state(section: Any) -> str | None:
     if isinstance(section, TeacherSection) and section.folder is not None:
         from toolchain.artifact import is_whole, read
 
-        return read(section.folder).id if is_whole(section.folder) else None
+        folder = Path(section.folder)
+        return read(folder).id if is_whole(folder) else None
     return None
 
 

@@ -38,7 +38,8 @@ def normalised(split: Split, scale: float) -> NDArray[np.float32]:
 
 def versions(tracks: NDArray[np.float32]) -> NDArray[np.float32]:
     """(N, T, 2) -> (5, N, T, 2)."""
-    return np.einsum("vij,ntj->vnti", VERSIONS, tracks).astype(np.float32)
+    found: NDArray[np.float32] = np.einsum("vij,ntj->vnti", VERSIONS, tracks)
+    return found
 
 
 class TrajectoryBatches(Batches):

@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
 def mlp(inside: int, hidden: int, outside: int) -> nn.Sequential:
     """Three hidden-to-hidden ReLU layers, as all of PPT's larger heads."""
     widths = [inside, hidden, hidden, hidden]
-    layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(hidden, outside))
 
 

@@ -17,7 +17,8 @@ from toolchain.stage import Job, console, progress
 from toolchain.tasks import load_data, trajectory
 from toolchain.tasks.backbones import WEIGHTS
 from toolchain.tasks.nets import count_parameters
-from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, VERSIONS, normalised, versions as versions_of
+from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, VERSIONS, normalised
+from toolchain.tasks.trajectory_batches import versions as versions_of
 
 FIELDS = ("paths", "feature")
 
@@ -59,11 +60,15 @@ def teach(job: Job) -> None:
 def _finished(folder: Path, section: Any, data: Any) -> tuple[Any, dict[str, float], str, list[Any]]:
     """A finished PPT, after checking that it is one, of this network, and never saw this run's test split."""
     if not is_whole(folder):
-        raise TeacherError(f"teacher.folder: expected the student folder of a run of method ppt, found nothing whole at {folder}")
+        raise TeacherError(
+            f"teacher.folder: expected the student folder of a run of method ppt, found nothing whole at {folder}"
+        )
     manifest = verify(folder)
     found = (manifest.config.get("method") or {}).get("name")
     if found != "ppt":
-        raise TeacherError(f"teacher.folder {folder}: expected a student of method ppt, found {found or manifest.stage}")
+        raise TeacherError(
+            f"teacher.folder {folder}: expected a student of method ppt, found {found or manifest.stage}"
+        )
     if manifest.config["data"] != data:
         differing = sorted(key for key in data if manifest.config["data"].get(key) != data[key])
         raise TeacherError(
@@ -71,7 +76,9 @@ def _finished(folder: Path, section: Any, data: Any) -> tuple[Any, dict[str, flo
             "run's test split; give a teacher trained on the same data section"
         )
     if trajectory.network_of(manifest.config) != section.student:
-        raise TeacherError(f"teacher.folder {folder}: another network than teacher.student says; copy its student section")
+        raise TeacherError(
+            f"teacher.folder {folder}: another network than teacher.student says; copy its student section"
+        )
     path = folder / "train.jsonl"
     log = path.read_text(encoding="utf-8") if path.is_file() else ""
     return trajectory.load_student(folder), manifest.metrics["val"], log, manifest.extra.get("stages", [])
