@@ -53,18 +53,39 @@ def name_nodes(model: Any) -> Any:
     return model
 
 
+def _constants(model: Any) -> set[str]:
+    names = {tensor.name for tensor in model.graph.initializer} | {""}
+    return names | {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
+
+
+def _near(model: Any, inputs: Iterable[str]) -> tuple[set[str], set[str]]:
+    """Nodes that only cast, normalise or move the graph's ``inputs``, and all values that are no more than that."""
+    constants, found, near = _constants(model), set[str](), set(inputs)
+    for node in model.graph.node:
+        read = set(node.input) - constants
+        if node.op_type in _LIGHT and read and read <= near:
+            found.add(node.name)
+            near |= set(node.output)
+    return found, near
+
+
+def measured(model: Any) -> set[str]:
+    """Names of the convolutions and matrix products that read a float graph input, but for casts and scaling.
+
+    Eight bits are all that a pixel has; of a position in metres they leave centimetres.
+    """
+    import onnx
+
+    floats = [v.name for v in model.graph.input if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
+    constants = _constants(model)
+    _, near = _near(model, set(floats) - constants)
+    return {n.name for n in model.graph.node if n.op_type in COMPUTE and near.intersection(set(n.input) - constants)}
+
+
 def edges(model: Any) -> set[str]:
     """Names of the nodes at the graph's two ends that only cast, normalise, move or decode values."""
     nodes = list(model.graph.node)
-    constants = {tensor.name for tensor in model.graph.initializer} | {""}
-    constants |= {name for node in nodes if node.op_type == "Constant" for name in node.output}
-    found: set[str] = set()
-    near = {value.name for value in model.graph.input} - constants
-    for node in nodes:
-        inputs = set(node.input) - constants
-        if node.op_type in _LIGHT and inputs and inputs <= near:
-            found.add(node.name)
-            near |= set(node.output)
+    found, _ = _near(model, {value.name for value in model.graph.input} - _constants(model))
     far = {value.name for value in model.graph.output}
     used: dict[str, list[str]] = {}
     for node in reversed(nodes):

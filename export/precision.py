@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from export.half import COMPUTE, ISLANDS, PrecisionError, edges, emulated_half, has_half, name_nodes, to_half
+from export.half import COMPUTE, ISLANDS, PrecisionError, edges, emulated_half, has_half, measured, name_nodes, to_half
 from export.verify import Arrays, Report, compare, evenly, predict
 from toolchain import artifact, runtime
 from toolchain.onnx_runtime import CRASHES
@@ -80,6 +80,8 @@ class Reader:
 def to_int8(model: Any, precision: str, split: Split, method: str = "minmax") -> Any:
     """A Q/DQ graph: int8 weights per channel, activations calibrated on ``split`` by ``method``.
 
+    What reads a float input of the graph is not quantised (see ``half.measured``).
+
     ``int8-cpu``: asymmetric uint8 activations, every operator that ONNX Runtime's CPU kernels gain from.
     ``int8-trt``: symmetric int8 activations, float bias, and Q/DQ on the inputs of Conv, MatMul and Gemm alone, which
     is what TensorRT fuses; its parser rejects int32 bias. The rest is half, as TensorRT's fastest int8 engines are
@@ -112,7 +114,7 @@ def to_int8(model: Any, precision: str, split: Split, method: str = "minmax") ->
             per_channel=True,
             activation_type=activation,
             weight_type=ort.QuantType.QInt8,
-            nodes_to_exclude=sorted(edges(source) | masks(source)),
+            nodes_to_exclude=sorted(edges(source) | masks(source) | measured(source)),
             calibrate_method=methods[method],
             extra_options=options,
         )

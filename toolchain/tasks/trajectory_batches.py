@@ -54,7 +54,7 @@ class TrajectoryBatches(Batches):
         self.scale = run.cfg.student.scale_of(run.data.info["unit"])
         self.observe = int(run.data.info["observe"])
         arrays = {"track": versions(normalised(train, self.scale))} | dict(extra or {})
-        self.arrays = {name: torch.from_numpy(np.asarray(a)).flatten(0, 1).to(run.device) for name, a in arrays.items()}
+        self.arrays = {name: torch.from_numpy(np.array(a)).flatten(0, 1).to(run.device) for name, a in arrays.items()}
         self._drawn: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
 
     def version_of(self, epoch: int) -> NDArray[np.int64]:

@@ -20,16 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from toolchain.artifact import Port, verify
 from toolchain.tasks.backbones import WEIGHTS, ModelError, load_state, seeded
 from toolchain.tasks.nets import Deploy, count_parameters, own
 
+EVERY, LAST = slice(None), slice(-1, None)
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over (B, T, d); ``causal`` hides later tokens."""
+    """Multi-head self-attention over (B, T, d), for the tokens ``keep`` alone; ``causal`` hides later tokens."""
 
     mask: Tensor
 
@@ -40,15 +42,20 @@ class Attention(nn.Module):
         self.drop_weights, self.drop = nn.Dropout(dropout), nn.Dropout(dropout)
         self.register_buffer("mask", torch.full((steps, steps), -torch.inf).triu(1), persistent=False)
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        batch, steps, width = x.shape
-        size = width // self.heads
-        q, k, v = self.qkv(x).view(batch, steps, 3, self.heads, size).permute(2, 0, 3, 1, 4).unbind(0)
-        weights = (q * size**-0.5) @ k.transpose(-1, -2)
+    def forward(self, x: Tensor, causal: bool, keep: slice) -> Tensor:
+        steps, width = x.shape[1:]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        q = self._split(F.linear(x[:, keep], weight[:width], bias[:width]))
+        k, v = (self._split(part) for part in F.linear(x, weight[width:], bias[width:]).chunk(2, -1))
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if causal:
-            weights = weights + self.mask[:steps, :steps]
+            weights = weights + self.mask[:steps, :steps][keep]
         mixed = self.drop_weights(weights.softmax(-1)) @ v
-        return self.drop(self.out(mixed.transpose(1, 2).reshape(batch, steps, width)))  # type: ignore[no-any-return]
+        return self.drop(self.out(mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, T, d) -> (B, heads, T, d / heads)."""
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class Block(nn.Module):
@@ -61,13 +68,15 @@ class Block(nn.Module):
         layers = nn.Linear(width, 4 * width), ACTIVATIONS[activation](), nn.Linear(4 * width, width)
         self.mlp = nn.Sequential(*layers, nn.Dropout(dropout))
 
-    def forward(self, x: Tensor, causal: bool) -> Tensor:
-        x = x + self.attention(self.norm_attention(x), causal)
+    def forward(self, x: Tensor, causal: bool, keep: slice = EVERY) -> Tensor:
+        x = x[:, keep] + self.attention(self.norm_attention(x), causal, keep)
         return x + self.mlp(self.norm_mlp(x))  # type: ignore[no-any-return]
 
 
 class Encoder(nn.Module):
-    """Tokens (B, T, d) at learned positions (time steps 1..``steps``) to features (B, T, d) after a final LayerNorm.
+    """Tokens (B, T, d) at learned positions (time steps 1..``steps``) to features after a final LayerNorm.
+
+    The last layer computes the features of the tokens ``keep`` alone: what no loss and no head reads costs nothing.
 
     Linear and embedding weights are drawn from N(0, .02), the attention's output projection from N(0, .02/sqrt(2 L)).
     """
@@ -86,11 +95,11 @@ class Encoder(nn.Module):
             if isinstance(module, Attention):
                 nn.init.normal_(module.out.weight, std=0.02 / math.sqrt(2 * depth))
 
-    def forward(self, tokens: Tensor, positions: Sequence[int], causal: bool) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Sequence[int], causal: bool, keep: slice = EVERY) -> Tensor:
         x = self.drop(tokens + self.place.weight[list(positions)])
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, causal)
-        return self.norm(x)  # type: ignore[no-any-return]
+        return self.norm(self.blocks[-1](x, causal, keep))  # type: ignore[no-any-return]
 
 
 def mlp(inside: int, hidden: int, outside: int) -> nn.Sequential:
@@ -158,13 +167,13 @@ class Destination(nn.Module):
 
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d): the prompt's feature."""
-        prompt = self.pin(self.prompt).expand(len(observed), 1, -1)
+        prompt = self.pin(self.prompt).expand(observed.shape[0], 1, -1)
         tokens = torch.cat([self.inp(observed / self.shape.unit), prompt], 1)
-        return self.encoder(tokens, self.positions, causal=True)[:, -1]  # type: ignore[no-any-return]
+        return self.encoder(tokens, self.positions, causal=True, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
     def candidates(self, feature: Tensor) -> Tensor:
         """(B, d) -> (B, K, 2)."""
-        return self.head(feature).view(len(feature), -1, 2) * self.shape.unit  # type: ignore[no-any-return]
+        return self.head(feature).view(feature.shape[0], -1, 2) * self.shape.unit  # type: ignore[no-any-return]
 
     def forward(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, K, 2)."""
@@ -200,11 +209,11 @@ class PPT(nn.Module):
         the tokens T_o..T-1 that predict it.
         """
         shape = self.shape
-        prompts = self.pin(self.prompts).expand(len(observed), -1, -1)
+        prompts = self.pin(self.prompts).expand(observed.shape[0], -1, -1)
         places = torch.cat([observed, destination[:, None]], 1) / shape.unit
         tokens = self.inp(places)
         tokens = torch.cat([tokens[:, :-1], prompts, tokens[:, -1:]], 1)
-        features = self.encoder(tokens, range(1, shape.steps + 1), causal=False)[:, shape.observe - 1 : -1]
+        features = self.encoder(tokens, range(1, shape.steps + 1), causal=False, keep=slice(shape.observe - 1, -1))
         first, middle = self.first(features[:, :1]), self.middle(features[:, 1:-1])
         last = self.last(features[:, -1:])
         path = torch.cat([first, middle, last], 1) * shape.unit
@@ -221,14 +230,11 @@ class PPT(nn.Module):
     def forward(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T_o, 2) -> paths (B, K, T_p, 2), logits (B, K)."""
         paths = self.paths(observed, self.destination(observed))
-        return paths, self.log_share.expand(len(observed), -1)
+        return paths, self.log_share.expand(observed.shape[0], -1)
 
 
 class OneShot(nn.Module):
-    """All K paths and their logits from one feature: an encoder over the observed steps, and one MLP.
-
-    Source: ours. The paths are displacements from the last observed position.
-    """
+    """All K paths and their logits from one feature: an encoder over the observed steps, and one MLP. Source: ours."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -244,13 +250,14 @@ class OneShot(nn.Module):
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d)."""
         tokens = self.inp(observed / self.shape.unit)
-        return self.encoder(tokens, range(1, self.shape.observe + 1), causal=True)[:, -1]  # type: ignore[no-any-return]
+        positions = range(1, self.shape.observe + 1)
+        return self.encoder(tokens, positions, causal=False, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
     def decode(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """(B, d) -> paths (B, K, T_p, 2), logits (B, K)."""
         out = self.head(feature)
         count = self.shape.hypotheses
-        paths = out[:, count:].view(len(feature), count, self.shape.predict, 2)
+        paths = out[:, count:].view(feature.shape[0], count, self.shape.predict, 2)
         return paths * self.shape.unit, out[:, :count]
 
     def forward(self, observed: Tensor) -> tuple[Tensor, Tensor]:
