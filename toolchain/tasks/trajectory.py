@@ -92,13 +92,15 @@ class TeacherSection(Section):
     """A PPT that teaches: ``student`` is its network, ``method`` and ``train`` its training on the same data.
 
     ``folder``: the student artifact of a finished run of ``method: ppt``, on the same data and with the same network,
-    instead of a training.
+    instead of a training. ``versions``: in how many of the five versions of PPT's augmentation, drawn for each training
+    window, the teacher predicts it for the student.
     """
 
     student: StudentSection = Field(default_factory=_published)
     method: PPT = PPT(name="ppt")
     train: TrainSection = TrainSection(weight_decay=0.0, batch_size=256)
     folder: str | None = None
+    versions: Annotated[int, Field(ge=1, le=5)] = 5
 
     @field_validator("method", mode="before")
     @classmethod

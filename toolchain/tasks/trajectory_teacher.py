@@ -17,7 +17,7 @@ from toolchain.stage import Job, console, progress
 from toolchain.tasks import load_data, trajectory
 from toolchain.tasks.backbones import WEIGHTS
 from toolchain.tasks.nets import count_parameters
-from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, VERSIONS, normalised
+from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, normalised
 from toolchain.tasks.trajectory_batches import versions as versions_of
 
 FIELDS = ("paths", "feature")
@@ -40,7 +40,7 @@ def teach(job: Job) -> None:
         net, val, log, stages = _finished(Path(section.folder), section, job.config["data"])
     else:
         config = {key: job.config[key] for key in ("seed", "task", "data")}
-        inner = section.model_dump(mode="json", exclude={"folder"})
+        inner = section.model_dump(mode="json", exclude={"folder", "versions"})
         cfg = validate({"name": "teacher"} | config | inner)
         trained = train_student(cfg, data, {"data": job.inputs["data"]}, job.work)
         net, val, log, stages = trained.student, trained.val, read_metrics(trained.run), trained.run.records
@@ -85,26 +85,24 @@ def _finished(folder: Path, section: Any, data: Any) -> tuple[Any, dict[str, flo
 
 
 def predictions(job: Job) -> None:
-    """Stage ``predictions``: ``paths`` (5, N, K, T_p, 2) float32 scaled and ``feature`` (5, N, d) of each version."""
+    """Stage ``predictions``: ``paths`` (V, N, K, T_p, 2) float32 scaled and ``feature`` (V, N, d) of each version."""
     from accelerate import PartialState
 
     section = trajectory.TeacherSection.model_validate(job.config["teacher"])
     train = load_data(job.inputs["data"]).splits["train"]
     net, device = trajectory.load_teacher(job.inputs["teacher"]).to(PartialState().device), PartialState().device
     info = load_data(job.inputs["data"]).info
-    tracks = versions_of(normalised(train, section.student.scale_of(info["unit"])))
+    tracks = versions_of(normalised(train, section.student.scale_of(info["unit"])), section.versions)
     observe, count = int(info["observe"]), len(train)
     size = EVALUATION_BATCH.get(device.type, 1024)
     with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
         shapes = {"paths": (section.student.hypotheses, int(info["predict"]), 2), "feature": (section.student.width,)}
         files = {
-            name: np.lib.format.open_memmap(
-                draft.path / f"{name}.npy", "w+", np.float32, (len(VERSIONS), count, *shape)
-            )
+            name: np.lib.format.open_memmap(draft.path / f"{name}.npy", "w+", np.float32, (len(tracks), count, *shape))
             for name, shape in shapes.items()
         }
-        with torch.inference_mode(), progress("the teacher's predictions", len(VERSIONS) * count) as bar:
-            for version in range(len(VERSIONS)):
+        with torch.inference_mode(), progress("the teacher's predictions", len(tracks) * count) as bar:
+            for version in range(len(tracks)):
                 for start in range(0, count, size):
                     observed = torch.from_numpy(tracks[version, start : start + size, :observe]).to(device)
                     feature = net.destination.feature(observed)  # type: ignore[operator, union-attr]
