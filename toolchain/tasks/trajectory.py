@@ -89,7 +89,8 @@ def _published() -> StudentSection:
 
 
 class TeacherSection(Section):
-    """A PPT that teaches: ``student`` is its network, ``method`` and ``train`` its training on the same data.
+    """A PPT that teaches: ``student`` is its network, ``method`` and ``train`` its training on the same data (default:
+    the published one).
 
     ``folder``: the student artifact of a finished run of ``method: ppt``, on the same data and with the same network,
     instead of a training. ``versions``: in how many of the five versions of PPT's augmentation, drawn for each training
@@ -97,8 +98,8 @@ class TeacherSection(Section):
     """
 
     student: StudentSection = Field(default_factory=_published)
-    method: PPT = PPT(name="ppt")
-    train: TrainSection = TrainSection(weight_decay=0.0, batch_size=256)
+    method: PPT | None = None
+    train: TrainSection | None = None
     folder: str | None = None
     versions: Annotated[int, Field(ge=1, le=5)] = 5
 
@@ -111,10 +112,10 @@ class TeacherSection(Section):
     def _sound(self) -> TeacherSection:
         if self.student.model != "ppt":
             raise ValueError(f"the teacher is a PPT: expected student.model ppt, found {self.student.model}")
-        if self.method.branches:
-            raise ValueError("method.branches needs a teacher of its own, which a teacher cannot have; set it to 0")
-        if self.folder is not None and {"method", "train"} & self.model_fields_set:
+        if self.folder is not None and (self.method or self.train):
             raise ValueError("folder names a finished training: remove method and train, or remove folder")
+        if self.method is not None and self.method.branches:
+            raise ValueError("method.branches needs a teacher of its own, which a teacher cannot have; set it to 0")
         return self
 
 
