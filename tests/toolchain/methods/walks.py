@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +115,3 @@ class Dying(TrajectoryBatches):
             raise Killed
         self.fetched += 1
         return super().gather(index, epoch)
-
-
-def points(track: NDArray[Any]) -> Iterator[tuple[int, int]]:
-    """Every pair of positions of a track."""
-    for i in range(track.shape[-2]):
-        for j in range(i):
-            yield i, j
