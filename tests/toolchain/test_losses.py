@@ -89,6 +89,28 @@ def test_usage_perplexity_counts_the_prototypes_in_use():
     assert losses.usage_perplexity(torch.eye(8)[[0, 1, 2, 3]]).item() == pytest.approx(4, rel=1e-5)
 
 
+def test_the_nearest_candidate_is_by_plain_distance():
+    candidates = torch.tensor([[[3.0, 4.0], [0.0, 6.0]], [[1.0, 0.0], [0.0, 0.5]]], requires_grad=True)
+    distance, index = losses.nearest(candidates, torch.zeros(2, 2))
+    assert distance.tolist() == [5.0, 0.5]
+    assert index.tolist() == [0, 1]
+    distance.sum().backward()
+    assert candidates.grad.flatten(0, 1).norm(dim=1).tolist() == pytest.approx([1, 0, 0, 1])
+
+
+def test_diversity_is_one_where_all_coincide_and_nothing_where_far_apart():
+    assert losses.diversity(torch.randn(3, 1, 2).expand(-1, 20, -1), 1.0).item() == 1
+    apart = torch.arange(20.0)[None, :, None] * torch.tensor([30.0, 40.0])
+    assert losses.diversity(apart, 1.0).item() == 0
+    pair = torch.tensor([[[0.0, 0.0], [1.0, 2.0]]])
+    assert losses.diversity(pair, 10.0).item() == pytest.approx(math.exp(-0.5))
+
+
+def test_displacement_is_the_mean_distance():
+    path = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[1.0, 1.0], [1.0, 2.0]]])
+    assert losses.displacement(path, torch.zeros(2, 2, 2)).item() == pytest.approx((0 + 5 + 2**0.5 + 5**0.5) / 4)
+
+
 def test_accuracy_is_percent_of_what_counts():
     logits = torch.tensor([[2.0, 1.0], [0.0, 3.0], [5.0, 0.0]])
     assert losses.accuracy(logits, torch.tensor([0, 1, 1])).item() == pytest.approx(200 / 3)

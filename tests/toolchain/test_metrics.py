@@ -64,3 +64,35 @@ def test_confusion_refuses_unknown_classes_and_only_ignored() -> None:
 
 def test_agreement_is_a_share() -> None:
     assert metrics.agreement(np.array([[1, 2], [3, 4]]), np.array([[1, 2], [3, 0]])) == 0.75
+
+
+def test_displacement_errors_equal_a_naive_loop_and_forget_the_order_of_hypotheses() -> None:
+    rng = np.random.default_rng(0)
+    paths, truth = rng.normal(size=(6, 5, 12, 2)), rng.normal(size=(6, 12, 2))
+    ade = [
+        [np.mean([np.hypot(*(p[k, t] - y[t])) for t in range(12)]) for k in range(5)]
+        for p, y in zip(paths, truth, strict=True)
+    ]
+    fde = [[np.hypot(*(p[k, 11] - y[11])) for k in range(5)] for p, y in zip(paths, truth, strict=True)]
+    assert any(np.argmin(a) != np.argmin(f) for a, f in zip(ade, fde, strict=True))
+    expected = {
+        "minADE": np.mean([min(row) for row in ade]),
+        "minFDE": np.mean([min(row) for row in fde]),
+        "meanADE": np.mean(ade),
+        "meanFDE": np.mean(fde),
+    }
+    assert metrics.displacement_errors(paths, truth) == pytest.approx(expected)
+    assert metrics.displacement_errors(paths[:, [3, 0, 4, 2, 1]], truth) == pytest.approx(expected)
+    first = metrics.displacement_errors(paths, truth, best_of=2)
+    assert first["minFDE"] == pytest.approx(np.mean([min(row[:2]) for row in fde]))
+
+
+def test_displacement_errors_refuse_what_does_not_fit() -> None:
+    paths, truth = np.zeros((2, 3, 4, 2)), np.zeros((2, 4, 2))
+    for wrong in (paths[:1], paths[:, :, :3], paths[..., :1], paths[0]):
+        with pytest.raises(MetricError, match="expected paths"):
+            metrics.displacement_errors(wrong, truth)
+    with pytest.raises(MetricError, match="NaN or infinity"):
+        metrics.displacement_errors(paths * np.nan, truth)
+    with pytest.raises(MetricError, match=r"best_of in 1..3"):
+        metrics.displacement_errors(paths, truth, best_of=4)

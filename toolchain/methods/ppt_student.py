@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from toolchain.batches import TrainingError
 from toolchain.config import Config
 from toolchain.distiller import Batch, Distiller
 from toolchain.losses import displacement
@@ -36,6 +37,11 @@ class PPTStudent(Distiller):
     def __init__(self, student: nn.Module, options: Any, observe: int, feature: int | None) -> None:
         super().__init__()
         self.student, self.options, self.observe = student, options, observe
+        if feature is not None and not all(hasattr(student, name) for name in ("width", "feature", "decode")):
+            raise TrainingError(
+                f"method.features needs a student with width, feature and decode, which {type(student).__name__} has "
+                "not (one_shot has them); set method.features to 0"
+            )
         self.adapt = None if feature is None else nn.Linear(int(student.width), feature)  # type: ignore[arg-type]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -47,3 +47,16 @@ def own(path: str) -> Callable[..., Any]:
     if not callable(found):
         raise ModelError(f"student.model {path!r}: {type(found).__name__} is no function or class")
     return found  # type: ignore[no-any-return]
+
+
+def made_by(make: Callable[..., Any], section: Any, **given: Any) -> nn.Module:
+    """What ``make`` gives for ``given`` and the options of a ``StudentSection``. Raises ModelError."""
+    try:
+        net = make(**given, **section.options)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"student.options {section.options} do not suit {section.model}: {error}") from error
+    except Exception as error:  # a user's function may raise anything
+        raise ModelError(f"student.model {section.model} fails: {type(error).__name__}: {error}") from error
+    if not isinstance(net, nn.Module):
+        raise ModelError(f"student.model {section.model} should give an nn.Module, found {type(net).__name__}")
+    return net

@@ -116,6 +116,8 @@ class TeacherSection(Section):
             raise ValueError("folder names a finished training: remove method and train, or remove folder")
         if self.method is not None and self.method.branches:
             raise ValueError("method.branches needs a teacher of its own, which a teacher cannot have; set it to 0")
+        if self.train is not None and self.train.processes > 1:
+            raise ValueError("train.processes: a teacher trains in one process; or give the folder of a finished run")
         return self
 
 
@@ -141,9 +143,9 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
     if teacher is not None and teacher.student.hypotheses != student.hypotheses:
         message = f"expected the teacher's {teacher.student.hypotheses} hypotheses, found {student.hypotheses}"
         faults.append((("student", "hypotheses"), message))
-    if teacher is not None and teacher.student.scale != student.scale:
-        message = f"expected the teacher's scale {teacher.student.scale}, found {student.scale}"
-        faults.append((("student", "scale"), message))
+    scales = [net.student.scale_of(config.data.unit) for net in (teacher, config) if net is not None]
+    if scales[0] != scales[-1]:
+        faults.append((("student", "scale"), f"expected the teacher's scale {scales[0]:g}, found {scales[-1]:g}"))
     return faults
 
 

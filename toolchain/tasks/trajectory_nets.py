@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from toolchain.artifact import Port, verify
 from toolchain.tasks.backbones import WEIGHTS, ModelError, load_state, seeded
-from toolchain.tasks.nets import Deploy, count_parameters, own
+from toolchain.tasks.nets import Deploy, count_parameters, made_by, own
 
 EVERY, LAST = slice(None), slice(-1, None)
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
@@ -92,8 +92,8 @@ class Encoder(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-            if isinstance(module, Attention):
-                nn.init.normal_(module.out.weight, std=0.02 / math.sqrt(2 * depth))
+        for block in self.blocks:
+            nn.init.normal_(block.attention.out.weight, std=0.02 / math.sqrt(2 * depth))
 
     def forward(self, tokens: Tensor, positions: Sequence[int], causal: bool, keep: slice = EVERY) -> Tensor:
         x = self.drop(tokens + self.place.weight[list(positions)])
@@ -283,7 +283,7 @@ def build(section: Any, info: Mapping[str, Any], seed: int) -> nn.Module:
         elif section.model == "one_shot":
             net = OneShot(shape)
         else:
-            net = own(section.model)(**section.options)
+            net = made_by(own(section.model), section)
     _probe(net, section.model, shape)
     found, allowed = count_parameters(net), section.max_parameters
     if allowed is not None and found > allowed:

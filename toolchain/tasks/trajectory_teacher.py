@@ -38,7 +38,7 @@ def teach(job: Job) -> None:
     section = trajectory.TeacherSection.model_validate(job.config["teacher"])
     data = load_data(job.inputs["data"])
     if section.folder is not None:
-        net, val, log, stages = _finished(Path(section.folder), section, job.config["data"])
+        net, val, log, stages = _finished(Path(section.folder), section, job)
     else:
         config = {key: job.config[key] for key in ("seed", "task", "data")}
         inner = section.model_dump(mode="json", include={"student", "method", "train"}, exclude_none=True)
@@ -58,7 +58,7 @@ def teach(job: Job) -> None:
     console.print(f"    teacher: {count_parameters(net):,} parameters, validation {shown}", markup=False)
 
 
-def _finished(folder: Path, section: Any, data: Any) -> tuple[Any, dict[str, float], str, list[Any]]:
+def _finished(folder: Path, section: Any, job: Job) -> tuple[Any, dict[str, float], str, list[Any]]:
     """A finished PPT, after checking that it is one, of this network, and never saw this run's test split."""
     if not is_whole(folder):
         raise TeacherError(
@@ -70,8 +70,11 @@ def _finished(folder: Path, section: Any, data: Any) -> tuple[Any, dict[str, flo
         raise TeacherError(
             f"teacher.folder {folder}: expected a student of method ppt, found {found or manifest.stage}"
         )
-    if manifest.config["data"] != data:
-        differing = sorted(key for key in data if manifest.config["data"].get(key) != data[key])
+    ours, theirs = job.config["data"], manifest.config["data"]
+    differing = sorted(key for key in ours if theirs.get(key) != ours[key])
+    if job.config.get("files", {}).get("data") and manifest.inputs["data"]["id"] != read(job.inputs["data"]).id:
+        differing.append("the files")
+    if differing:
         raise TeacherError(
             f"teacher.folder {folder}: trained on other data ({', '.join(differing)} differ), so it may have seen this "
             "run's test split; give a teacher trained on the same data section"

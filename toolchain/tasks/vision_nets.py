@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from toolchain.tasks.backbones import (
     timm_model,
     weight_file,
 )
-from toolchain.tasks.nets import Deploy, count_parameters, is_own, own
+from toolchain.tasks.nets import Deploy, count_parameters, is_own, made_by, own
 
 # --- pictures to tensors
 
@@ -191,9 +191,9 @@ def build_student(section: Any, info: Mapping[str, Any], task: str, seed: int, w
     mine = section.model == "small_cnn" or is_own(section.model)
     with seeded(seed):
         if section.model == "small_cnn":
-            body = _call(small_cnn, section, channels=channels, size=size, width=section.width, dense=dense)
+            body = made_by(small_cnn, section, channels=channels, size=size, width=section.width, dense=dense)
         elif mine:
-            body = _call(own(section.model), section)
+            body = made_by(own(section.model), section)
         else:
             body = _timm(section, size, channels, source, seed)
         width = _width(body, (1, channels, *size), section.model)
@@ -227,18 +227,6 @@ def _read_own(body: nn.Module, weights: str) -> None:
     found = read_weights(file)
     mine = {name.removeprefix("body."): value for name, value in found.items() if name.startswith("body.")} or found
     fit(body, mine, file)
-
-
-def _call(make: Callable[..., Any], section: Any, **given: Any) -> nn.Module:
-    try:
-        body = make(**given, **section.options)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"student.options {section.options} do not suit {section.model}: {error}") from error
-    except Exception as error:  # a user's function may raise anything
-        raise ModelError(f"student.model {section.model} fails: {type(error).__name__}: {error}") from error
-    if not isinstance(body, nn.Module):
-        raise ModelError(f"student.model {section.model} should give an nn.Module, found {type(body).__name__}")
-    return body
 
 
 def _width(body: nn.Module, shape: tuple[int, ...], name: str) -> int:

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.toolchain.methods.walks import METHOD, OBSERVE, PREDICT, STEPS, K, config, ppt, tiny_run, walks
+from toolchain.artifact import EdgestillError
+from toolchain.tasks.trajectory_batches import (
+    TrajectoryBatches,
+    destination_scorer,
+    next_position_scorer,
+    normalised,
+    predict,
+    scorer,
+    versions,
+)
+from toolchain.train import Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return tiny_run(tmp_path, config(METHOD))
+
+
+def test_the_last_observed_position_is_the_origin() -> None:
+    split = walks(9)
+    tracks = normalised(split, 30.0)
+    assert tracks.shape == (9, STEPS, 2)
+    assert tracks.dtype == np.float32
+    assert not tracks[:, 7].any()
+    assert tracks[:, 6].any()
+    world = np.concatenate([split.arrays["observed"], split.arrays["future"]], 1)
+    np.testing.assert_allclose(tracks / 30 + world[:, 7:8], world, atol=1e-5)
+
+
+def test_the_five_versions_are_rotations_and_a_mirror_and_keep_all_distances() -> None:
+    tracks = normalised(walks(4), 30.0)
+    found = versions(tracks)
+    x, y = tracks[..., 0], tracks[..., 1]
+    for version, expected in zip(found, [(x, y), (-y, x), (-x, -y), (y, -x), (-x, y)], strict=True):
+        np.testing.assert_array_equal(version, np.stack(expected, -1))
+    for version in found:
+        for i in range(STEPS):
+            for j in range(i):
+                before, after = (np.linalg.norm(t[:, i] - t[:, j], axis=-1) for t in (tracks, version))
+                np.testing.assert_allclose(after, before, rtol=1e-6)
+
+
+def test_every_epoch_shows_every_window_once_in_a_version_drawn_anew(run: Run) -> None:
+    batches = TrajectoryBatches(run)
+    every = versions(normalised(run.data.splits["train"], 30.0))
+    shown = []
+    for epoch in range(12):
+        drawn, order = batches.version_of(epoch), batches.order(epoch)
+        seen = torch.cat([batch["track"] for batch in batches.epoch(epoch)]).numpy()
+        np.testing.assert_array_equal(seen, every[drawn[order], order])
+        shown.append(drawn)
+    assert set(np.concatenate(shown)) == {0, 1, 2, 3, 4}
+    assert not np.array_equal(shown[0], shown[1])
+    again = TrajectoryBatches(run)
+    np.testing.assert_array_equal(again.version_of(11), shown[11])
+    np.testing.assert_array_equal(again.version_of(0), shown[0])
+
+
+def test_what_the_teacher_says_comes_in_the_version_that_is_shown(run: Run) -> None:
+    values = np.arange(5 * 24, dtype=np.float16).reshape(5, 24, 1)
+    batches = TrajectoryBatches(run, {"feature": values})
+    for batch in batches.epoch(3):
+        assert batch["feature"].dtype == torch.float32
+    order = batches.order(3)
+    found = torch.cat([batch["feature"] for batch in batches.epoch(3)])[:, 0].numpy()
+    np.testing.assert_array_equal(found, batches.version_of(3)[order] * 24 + order)
+
+
+def test_only_what_a_teacher_has_can_be_wanted(run: Run) -> None:
+    with pytest.raises(EdgestillError, match=r"expected some of paths, feature, found \['tokens'\]"):
+        run.batches("paths", "tokens")
+
+
+def test_scores_are_in_metres_and_equal_naive_ones(run: Run) -> None:
+    net, split = ppt().eval(), run.data.splits["val"]
+    track = torch.from_numpy(normalised(split, 30.0))
+    observed, future = track[:, :OBSERVE], track[:, OBSERVE:]
+    with torch.no_grad():
+        candidates, (paths, _) = net.destination(observed), net(observed)
+    ends = [[float((candidates[i, k] - future[i, -1]).norm()) / 30 for k in range(K)] for i in range(len(split))]
+    found = destination_scorer(run)(net.destination)
+    assert list(found) == ["minFDE", "meanFDE"]
+    assert found["minFDE"] == pytest.approx(np.mean([min(row) for row in ends]), rel=1e-5)
+    assert found["meanFDE"] == pytest.approx(np.mean(ends), rel=1e-5)
+    found = scorer(run)(net)
+    ade = [
+        min(sum(float((paths[i, k, t] - future[i, t]).norm()) / 30 for t in range(PREDICT)) / PREDICT for k in range(K))
+        for i in range(len(split))
+    ]
+    assert found["minADE"] == pytest.approx(np.mean(ade), rel=1e-4)
+    assert scorer(run, "test")(net) != found
+
+
+def test_the_next_position_is_scored_in_metres(run: Run) -> None:
+    class Ahead(torch.nn.Module):
+        """Three scaled units to the right of the truth, which it is shown."""
+
+        def forward(self, track: torch.Tensor) -> torch.Tensor:
+            assert track.shape[1] == STEPS - 1
+            return torch.cat([track[:, 1:], last], 1) + torch.tensor([3.0, 0.0])
+
+    last = torch.from_numpy(normalised(run.data.splits["val"], 30.0))[:, -1:]
+    assert next_position_scorer(run)(Ahead())["next_position"] == pytest.approx(0.1, rel=1e-5)
+
+
+def test_the_true_future_never_reaches_what_ships(run: Run) -> None:
+    net, split = ppt().eval(), walks(6)
+    expected = predict(run, split, net)
+    split.arrays["future"] = split.arrays["future"] + 7
+    for a, b in zip(expected, predict(run, split, net), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,176 @@
+"""The stages before a trajectory student: a PPT that teaches, and its predictions."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.toolchain.methods.doubles import same, weights
+from tests.toolchain.methods.walks import METHOD, NET, OBSERVE, PREDICT, WIDTH, K, config, tiny_run, write_data
+from toolchain import artifact
+from toolchain.artifact import ArtifactError
+from toolchain.distill import run as distil
+from toolchain.stage import Job
+from toolchain.tasks import trajectory
+from toolchain.tasks.trajectory_teacher import TeacherError, load_predictions
+
+TEACHER: dict[str, Any] = {
+    "student": {"model": "ppt", **NET},
+    "method": METHOD,
+    "train": {"batch_size": 8, "weight_decay": 0.0, "threads": 1},
+}
+
+
+def sections(**teacher: Any) -> dict[str, Any]:
+    cfg = config({"name": "ppt_student"}, teacher=teacher or TEACHER)
+    return cfg.section("seed", "task", "data", "teacher")
+
+
+def finished(root: Path, **changes: Any) -> Path:
+    """The student folder of a run of ``method``, here ppt."""
+    cfg = config(changes.pop("method", METHOD), student=changes.pop("student", None), **changes)
+    keys = ("seed", "task", "data", "teacher", "student", "method", "train")
+    distil(Job("student", root / "student", cfg.section(*keys), {"data": root / "data"}))
+    return root / "student"
+
+
+def made_of(root: Path, **teacher: Any) -> Path:
+    job = Job("teacher", root / "teacher", sections(**teacher), {"data": root / "data"})
+    trajectory.teacher(job)
+    return job.out
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("run")
+    write_data(folder / "data")
+    made_of(folder)
+    inputs = {name: folder / name for name in ("data", "teacher")}
+    trajectory.predictions(Job("predictions", folder / "predictions", sections(), inputs))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of method ppt on the same data."""
+    folder: Path = tmp_path_factory.mktemp("other")
+    write_data(folder / "data")
+    finished(folder)
+    return folder
+
+
+def test_the_teacher_is_a_ppt_trained_in_all_its_stages(root: Path) -> None:
+    manifest = artifact.verify(root / "teacher")
+    assert [stage["name"] for stage in manifest.extra["stages"]] == [
+        "I-next-position",
+        "IIa-warmup",
+        "IIb-destination",
+        "III-complete",
+    ]
+    assert {"minADE", "minFDE", "topADE"} <= manifest.metrics["val"].keys()
+    assert (root / "teacher" / "train.jsonl").read_text().count("\n") == 6
+    net = trajectory.load_teacher(root / "teacher")
+    assert not net.training
+    assert manifest.extra["parameters"] == sum(parameter.numel() for parameter in net.parameters())
+
+
+def test_predictions_are_what_the_teacher_says_live_for_the_version_that_is_shown(root: Path, tmp_path: Path) -> None:
+    inputs = {name: root / name for name in ("data", "teacher", "predictions")}
+    run = tiny_run(tmp_path, config({"name": "ppt_student"}, teacher=TEACHER), inputs)
+    net: Any = trajectory.load_teacher(root / "teacher")
+    shown = set()
+    batches = run.batches("paths", "feature")
+    for epoch in range(3):
+        shown |= set(batches.version_of(epoch).tolist())
+        for batch in batches.epoch(epoch):
+            assert batch["paths"].shape == (8, K, PREDICT, 2)
+            assert batch["feature"].shape == (8, WIDTH)
+            observed = batch["track"][:, :OBSERVE]
+            with torch.no_grad():
+                torch.testing.assert_close(batch["paths"], net(observed)[0], atol=1e-3, rtol=1e-4)
+                torch.testing.assert_close(batch["feature"], net.destination.feature(observed), atol=1e-4, rtol=1e-4)
+    assert shown == {0, 1, 2, 3, 4}
+
+
+def test_predictions_of_other_data_or_another_teacher_are_refused(root: Path, tmp_path: Path) -> None:
+    cfg = config({"name": "ppt_student"}, teacher=TEACHER).section("data", "teacher")
+    found = load_predictions(root / "predictions", root / "data", cfg)
+    assert {name: value.shape for name, value in found.items()} == {
+        "paths": (5, 24, K, PREDICT, 2),
+        "feature": (5, 24, WIDTH),
+    }
+    foreign = write_data(tmp_path / "data", seed=9)
+    with pytest.raises(ArtifactError, match="of other data or another teacher; run its stage again"):
+        load_predictions(root / "predictions", foreign, cfg)
+    changed = config({"name": "ppt_student"}, teacher=TEACHER | {"train": {"batch_size": 4}})
+    with pytest.raises(ArtifactError, match="of other data or another teacher"):
+        load_predictions(root / "predictions", root / "data", changed.section("data", "teacher"))
+    assert np.isfinite(found["paths"]).all()
+
+
+def test_a_finished_ppt_teaches_without_training(root: Path, other: Path, tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    made = made_of(tmp_path, folder=str(other / "student"), student=TEACHER["student"])
+    assert same(weights(trajectory.load_teacher(made)), weights(trajectory.load_student(other / "student")))
+    source, manifest = artifact.read(other / "student"), artifact.verify(made)
+    assert manifest.metrics["val"] == source.metrics["val"]
+    assert manifest.extra["stages"] == source.extra["stages"]
+    assert (made / "train.jsonl").read_text() == (other / "student" / "train.jsonl").read_text()
+
+
+def nothing(root: Path, other: Path) -> tuple[Path, dict[str, Any]]:
+    return root / "missing", TEACHER["student"]
+
+
+def data_folder(root: Path, other: Path) -> tuple[Path, dict[str, Any]]:
+    return other / "data", TEACHER["student"]
+
+
+def plain_student(root: Path, other: Path) -> tuple[Path, dict[str, Any]]:
+    method = {"name": "ppt_student", "paths": 0, "destinations": 0, "features": 0}
+    return finished(root, method=method), TEACHER["student"]
+
+
+def other_network(root: Path, other: Path) -> tuple[Path, dict[str, Any]]:
+    return other / "student", TEACHER["student"] | {"depth": 1}
+
+
+def other_data(root: Path, other: Path) -> tuple[Path, dict[str, Any]]:
+    return finished(root, data={"source": "simulator", "seed": 4}), TEACHER["student"]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (nothing, "expected the student folder of a run of method ppt, found nothing whole at"),
+        (data_folder, "expected a student of method ppt, found data"),
+        (plain_student, "expected a student of method ppt, found ppt_student"),
+        (other_network, "another network than teacher.student says; copy its student section"),
+        (other_data, "trained on other data (seed differ), so it may have seen this run's test split"),
+    ],
+)
+def test_a_folder_that_cannot_teach_here_is_refused(
+    make: Callable[[Path, Path], tuple[Path, dict[str, Any]]], message: str, other: Path, tmp_path: Path
+) -> None:
+    write_data(tmp_path / "data")
+    folder, network = make(tmp_path, other)
+    with pytest.raises(TeacherError, match=re.escape(message)):
+        made_of(tmp_path, folder=str(folder), student=network)
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_a_teacher_of_files_that_have_changed_is_refused(other: Path, tmp_path: Path) -> None:
+    write_data(tmp_path / "data", seed=9)
+    chosen = sections(folder=str(other / "student"), student=TEACHER["student"])
+    job = Job("teacher", tmp_path / "teacher", chosen, {"data": tmp_path / "data"})
+    changed = dataclasses.replace(job, config=chosen | {"files": {"data": "their state"}})
+    with pytest.raises(TeacherError, match=r"trained on other data \(the files differ\)"):
+        trajectory.teacher(changed)
+    trajectory.teacher(dataclasses.replace(changed, inputs={"data": other / "data"}))
