@@ -55,7 +55,7 @@ class Point:
 
 
 def pareto(points: Sequence[Point], metric: str, higher_is_better: bool, batch: str, best: str | None) -> bytes:
-    """SVG: score against p50 latency (log scale); the front, intervals, and a label at every point."""
+    """SVG: score against p50 latency (log scale); the front, intervals, and a label at every point. Up is better."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.3), layout="constrained")
         canvas = FigureCanvasAgg(figure)
@@ -85,7 +85,9 @@ def pareto(points: Sequence[Point], metric: str, higher_is_better: bool, batch: 
                 axes.plot(point.ms, point.score, "o", zorder=2, **ring)
         axes.margins(0.14, 0.18)
         if len({p.score for p in points}) == 1:
-            axes.set_ylim(points[0].score - 1, points[0].score + 1)
+            margin = abs(points[0].score) / 50 or 1.0
+            axes.set_ylim(points[0].score - margin, points[0].score + margin)
+        axes.yaxis.set_inverted(not higher_is_better)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(FuncFormatter(_minor))
         axes.tick_params(axis="x", which="minor", labelsize=7)

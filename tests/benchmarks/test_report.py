@@ -56,7 +56,10 @@ def test_for_an_error_metric_lower_is_better() -> None:
     rows = [row("onnx", "onnx", "fp32", 0.2, 1.0), row("onnx-fp16", "onnx", "fp16", 0.1, 1.5)]
     metric = {"name": "ade", "higher_is_better": False, "unit": "m"}
     rows = [one | {"accuracy": {"ade": one["accuracy"]["accuracy"]}} for one in rows]
-    assert findings.recommend(rows, metric, 0.2)["name"] == "onnx"  # type: ignore[index]
+    strict = findings.recommend(rows, metric, 0.2)
+    assert strict is not None
+    assert strict["name"] == "onnx"
+    assert "with ade at most 0.20 m above the student's (1.00 m)" in strict["reason"]
     assert findings.recommend(rows, metric, 0.6)["name"] == "onnx-fp16"  # type: ignore[index]
 
 
@@ -90,6 +93,65 @@ def test_the_headline_says_gain_and_loss() -> None:
     assert "2.00 points of accuracy lost: 96.00 against the teacher's 98.00 %" in text
     assert "without a teacher" in findings.sentence(summary, config | {"method": {"name": "plain"}})
     findings.sentence({"rows": [], "metric": None, "recommended": None}, {"task": "t"})
+
+
+METRES = {"name": "minADE", "higher_is_better": False, "unit": "m", "digits": 3}
+
+
+@pytest.mark.parametrize(
+    ("gain", "metric", "words"),
+    [
+        (-2.0, METRIC, "2.00 points of accuracy lost"),
+        (1.5, METRIC, "1.50 points of accuracy gained"),
+        (0.004, METRIC, "the same accuracy"),
+        (-0.0121, METRES, "minADE 0.012 m worse"),
+        (0.0121, METRES, "minADE 0.012 m better"),
+        (-0.0004, METRES, "the same minADE"),
+        (-1.0, METRES | {"name": "error", "unit": "%"}, "error 1.000 points worse"),
+    ],
+)
+def test_changes_read_right_for_scores_and_for_errors(gain: float, metric: dict[str, Any], words: str) -> None:
+    assert findings.change(gain, metric) == words
+
+
+def test_a_budget_is_told_exactly() -> None:
+    assert findings.budget(2.0, METRIC) == "within 2.00 points of accuracy of the student"
+    assert findings.budget(0.01, METRES) == "with minADE at most 0.010 m above the student's"
+    assert findings.budget(0.0005, METRES) == "with minADE at most 0.0005 m above the student's"
+
+
+def test_every_table_of_an_error_has_its_digits_and_direction() -> None:
+    rows = [
+        row("onnx-teacher", "teacher", "fp32", 5.0, None, accuracy={"minADE": 0.3812, "minFDE": 0.68}),
+        row("student", "student", "fp32", 1.0, None, accuracy={"minADE": 0.3691, "minFDE": 0.67}),
+        row("onnx", "onnx", "fp32", 0.2, None, accuracy={"minADE": 0.3648, "minFDE": 0.66}),
+    ]
+    rows = [one | {"max_difference": None} for one in rows]
+    summary = {"rows": rows, "metric": METRES, "environment": {}, "recommended": {"name": "onnx"}}
+    assert tables.header(summary)[3] == "minADE (m) ↓"
+    assert [cells[3:5] for cells in tables.cells(summary)] == [
+        ["0.381", "+0.012"],
+        ["0.369", "0.000"],
+        ["0.365", "−0.004"],
+    ]
+    assert "minADE: less is better, so a change above 0 is a loss." in tables.notes(summary)
+    title, body = report._accuracy_table(rows, METRES)
+    assert title[1] == "minADE (m) ↓"
+    assert body[2][1:4] == ["0.365", "–", "–"]
+    assert body[2][5] == "−0.004"
+    assert body[2][-1] == "0.660"
+    text = findings.sentence(summary, {"method": {"name": "ppt_student"}})
+    assert "minADE 0.016 m better: 0.365 against the teacher's 0.381 m" in text
+
+
+def test_up_is_better_in_the_plane(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(plots, "_label", lambda axes, *_: seen.append(axes))
+    points = [plots.Point(name, "onnx", ms, ms, ms, 0.4 - 0.1 * ms) for name, ms in (("a", 1.0), ("b", 2.0))]
+    for higher in (True, False):
+        plots.pareto(points, "x", higher, "1", None)
+        plots.pareto([points[0], points[0]], "x", higher, "1", None)
+    assert [axes.yaxis_inverted() for axes in seen] == [False, False, True, True]
 
 
 def test_the_front_holds_what_nothing_beats() -> None:

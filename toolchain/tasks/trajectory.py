@@ -31,6 +31,7 @@ __all__ = ["DataSection", "prepare"]
 HEADLINE = "minADE"
 HIGHER_IS_BETTER = False
 UNIT = "m"
+DIGITS = 3
 STAGES = ("teacher", "predictions")
 DEFAULTS: dict[str, Any] = {
     "export": {
