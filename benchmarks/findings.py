@@ -121,7 +121,8 @@ def sentence(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     best = (summary.get("recommended") or {}).get("name")
     small = next((row for row in rows if row["name"] == best), of(rows, "student"))
     sections = {key: config.get(key) or {} for key in ("teacher", "student", "method", "data")}
-    big_name = sections["teacher"].get("model", "the teacher")
+    own = sections["teacher"].get("student") or sections["teacher"]
+    big_name = own.get("model", "the teacher")
     small_name = sections["student"].get("model", "the student")
     method, data = sections["method"].get("name", "?"), sections["data"].get("source", config.get("task", "its data"))
     if small is None:

@@ -45,7 +45,7 @@ def run(job: Job) -> None:
     pictures: dict[str, bytes] = {}
     if (plane := pareto_of(summary)) is not None:
         pictures["pareto.svg"] = plane
-    training = curves(job.inputs.get("student"))
+    training = curves(job.inputs)
     pictures |= {f"training-{number}.svg": content for number, (_, content) in enumerate(training)}
     view = {
         "summary": summary,
@@ -139,14 +139,20 @@ def pareto_of(summary: Mapping[str, Any]) -> bytes | None:
     return plots.pareto(found, f"{name}, {better} is better →", metric["higher_is_better"], batch, best)
 
 
-def curves(student: Path | None) -> list[tuple[str, bytes]]:
-    """A picture per training stage from the student's train.jsonl."""
-    path = student / "train.jsonl" if student else None
-    if path is None or not path.is_file():
-        return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    axis = "epoch" if any("epoch" in line for line in lines) else "step"
-    return [(stage, plots.training(found, axis)) for stage, found in plots.scalars(lines).items() if found]
+def curves(inputs: Mapping[str, Path]) -> list[tuple[str, bytes]]:
+    """A picture per training stage from the train.jsonl of teacher and student; one point is no curve."""
+    pictures = []
+    for role in ("teacher", "student"):
+        path = inputs[role] / "train.jsonl" if role in inputs else None
+        if path is None or not path.is_file():
+            continue
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        axis = "epoch" if any("epoch" in line for line in lines) else "step"
+        for stage, found in plots.scalars(lines).items():
+            if any(len(points) > 1 for points in found.values()):
+                title = role if stage in ("", role) else f"{role}: {stage}"
+                pictures.append((title, plots.training(found, axis)))
+    return pictures
 
 
 def samples(job: Job, summary: Mapping[str, Any]) -> dict[str, Any]:

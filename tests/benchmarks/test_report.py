@@ -142,6 +142,8 @@ def test_every_table_of_an_error_has_its_digits_and_direction() -> None:
     assert body[2][-1] == "0.660"
     text = findings.sentence(summary, {"method": {"name": "ppt_student"}})
     assert "minADE 0.016 m better: 0.365 against the teacher's 0.381 m" in text
+    nested = {"method": {"name": "ppt_student"}, "teacher": {"student": {"model": "ppt"}}}
+    assert findings.sentence(summary, nested).startswith("ppt (1 k parameters) was distilled")
 
 
 def test_up_is_better_in_the_plane(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +193,31 @@ def test_scalars_are_grouped_by_what_they_tell() -> None:
         "other": ["grad_norm"],
     }
     assert b"<svg" in plots.training(found, "epoch")
+
+
+def test_the_scalars_of_trajectories_are_known() -> None:
+    scores = {"selection": 2.0, "minADE": 0.3, "meanFDE": 6.0}
+    line = {"stage": "III-complete", "loss": 60.0, "path": 54.0, "features": 0.7, "grad_norm": 9.0}
+    found = plots.scalars([line | {"epoch": e, "val": scores, "test": scores} for e in (1, 2)])["III-complete"]
+    groups = plots.groups(found)
+    assert groups["losses"] == ["loss", "path", "features"]
+    assert groups["test, watched only"] == ["test selection", "test minADE", "test meanFDE"]
+    assert groups["other"] == ["grad_norm"]
+    assert plots._by_size("validation", groups["validation"], found) == [
+        ["val meanFDE", "val selection"],
+        ["val minADE"],
+    ]
+    assert b"<svg" in plots.training(found, "epoch")
+
+
+def test_the_training_of_teacher_and_student_is_shown(tmp_path: Path) -> None:
+    for role, stages in (("teacher", ("I", "warm-up", "III")), ("student", ("student",))):
+        lines = [{"stage": s, "epoch": e, "loss": 1.0} for s in stages for e in ((1,) if s == "warm-up" else (1, 2))]
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    inputs = {role: tmp_path / role for role in ("data", "student", "teacher")}
+    assert [title for title, _ in report.curves(inputs)] == ["teacher: I", "teacher: III", "student"]
+    assert report.curves({"data": tmp_path}) == []
 
 
 def test_masks_and_images_become_pictures() -> None:

@@ -166,6 +166,13 @@ def agreement(a: Arrays, b: Arrays) -> float:
     return float(near.mean())
 
 
+def figures(split: Split, outputs: Mapping[str, Arrays]) -> list[tuple[str, bytes]]:
+    """The report's pictures of the samples ``split``: title and PNG."""
+    from toolchain.tasks import trajectory_figures
+
+    return trajectory_figures.figures(split, outputs)
+
+
 def files_state(section: Any) -> str | None:
     """A digest of the user's own files that a section names: when they change, what was made of them is stale."""
     if isinstance(section, DataSection):
