@@ -62,9 +62,9 @@ def _grid(split: Split, outputs: Mapping[str, Arrays], index: NDArray[np.int64])
                 found = metrics.displacement_errors(paths[None], future[None])
                 title = f"{who}: minADE {found['minADE']:.2f}, minFDE {found['minFDE']:.2f} {unit}"
                 axes.set_title(title, fontsize=7.5, loc="left")
-        handles, labels = (found[::-1] for found in figure.axes[0].get_legend_handles_labels())
-        style: Any = {"loc": "outside upper left", "ncols": len(labels), "frameon": False}
-        figure.legend(handles, labels, **style)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        legend: Any = {"handles": handles[::-1], "labels": labels[::-1], "ncols": len(labels), "frameon": False}
+        figure.legend(**legend, loc="outside upper left")
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
     return buffer.getvalue()
