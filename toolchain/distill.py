@@ -15,7 +15,7 @@ from toolchain.artifact import create, remove, versions
 from toolchain.checkpoint import save_tensors
 from toolchain.config import Config, validate
 from toolchain.stage import Job, console, main
-from toolchain.tasks import Data, load_data
+from toolchain.tasks import Data, digits_of, load_data, unit_of
 from toolchain.train import Run, read_metrics
 
 
@@ -52,7 +52,8 @@ def run(job: Job) -> None:
     remove(job.work)
     headline, value = next(iter(trained.val.items()))
     parameters = sum(parameter.numel() for parameter in trained.student.parameters())
-    console.print(f"    student: {parameters:,} parameters, validation {headline} {value:.2f}", markup=False)
+    shown = f"{value:.{digits_of(trained.run.task)}f} {unit_of(trained.run.task, data.info)}".rstrip()
+    console.print(f"    student: {parameters:,} parameters, validation {headline} {shown}", markup=False)
 
 
 def write(trained: Trained, out: Path, config: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from toolchain.config import Config, ConfigError, apply_overrides, read_yaml, va
 from toolchain.pipeline import Pipeline, StageError, lock, perform, plan, resumable
 from toolchain.section import Section
 from toolchain.stage import Job, console, main
-from toolchain.tasks import load_data
+from toolchain.tasks import digits_of, load_data
 
 SECTIONS = ("seed", "task", "data", "teacher", "student", "method", "train")  # what a student depends on
 
@@ -232,7 +232,8 @@ def work_off(job: Job) -> None:
         with Path(job.config["results"]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         artifact.remove(folder)
-        scores = ", ".join(f"{name} {value:.2f}" for name, value in test.items())
+        digits = digits_of(trained.run.task)
+        scores = ", ".join(f"{name} {value:.{digits}f}" for name, value in test.items())
         console.print(
             f"    {number}/{len(job.config['runs'])} {item['method']} seed {item['seed']}: {scores}", markup=False
         )

@@ -31,6 +31,7 @@ __all__ = ["DataSection", "prepare"]
 HEADLINE = "minADE"
 HIGHER_IS_BETTER = False
 UNIT = "m"
+DIGITS = 3
 STAGES = ("teacher", "predictions")
 DEFAULTS: dict[str, Any] = {
     "export": {
@@ -168,6 +169,13 @@ def agreement(a: Arrays, b: Arrays) -> float:
     travelled = np.linalg.norm(np.diff(first, axis=2), axis=-1).sum(2).mean()
     near = np.linalg.norm(first - second, axis=-1) <= AGREES_WITHIN * travelled
     return float(near.mean())
+
+
+def figures(split: Split, outputs: Mapping[str, Arrays]) -> list[tuple[str, bytes]]:
+    """The report's pictures of the samples ``split``: title and PNG."""
+    from toolchain.tasks import trajectory_figures
+
+    return trajectory_figures.figures(split, outputs)
 
 
 def files_state(section: Any) -> str | None:

@@ -14,7 +14,7 @@ from toolchain.artifact import ArtifactError, EdgestillError, create, is_whole, 
 from toolchain.checkpoint import save_tensors
 from toolchain.config import validate
 from toolchain.stage import Job, console, progress
-from toolchain.tasks import load_data, trajectory
+from toolchain.tasks import load_data, trajectory, unit_of
 from toolchain.tasks.backbones import WEIGHTS
 from toolchain.tasks.nets import count_parameters
 from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, normalised
@@ -54,7 +54,8 @@ def teach(job: Job) -> None:
         draft.metrics = {"val": val}
         draft.versions = versions("torch", "accelerate", "safetensors", "numpy")
         draft.extra = {"info": data.info, "parameters": count_parameters(net), "stages": stages}
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in list(val.items())[:2])
+    unit = unit_of(trajectory, data.info)
+    shown = ", ".join(f"{name} {value:.{trajectory.DIGITS}f} {unit}" for name, value in list(val.items())[:2])
     console.print(f"    teacher: {count_parameters(net):,} parameters, validation {shown}", markup=False)
 
 
