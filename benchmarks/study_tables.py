@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def _average(scenes: Sequence[Mapping[int, Pair]]) -> str:
     means = [[statistics.fmean(found[i] for found in by_seed.values()) for by_seed in scenes] for i in (0, 1)]
     shared = set.intersection(*(set(by_seed) for by_seed in scenes))
     of_seed = [[statistics.fmean(by_seed[seed][i] for by_seed in scenes) for seed in sorted(shared)] for i in (0, 1)]
-    text = _pair(statistics.fmean(means[0]), statistics.fmean(means[1]))
+    text = _pair(map(statistics.fmean, means))
     return text + _spread(of_seed) if len(shared) > 1 else text
 
 
@@ -185,25 +185,25 @@ def _over_seeds(pairs: Sequence[Pair], *, spread: bool) -> str:
     if not pairs:
         return "–"
     both = list(map(list, zip(*pairs, strict=True)))
-    text = _pair(statistics.fmean(both[0]), statistics.fmean(both[1]))
+    text = _pair(map(statistics.fmean, both))
     return text + _spread(both) if spread and len(pairs) > 1 else text
 
 
 def _spread(both: Sequence[Sequence[float]]) -> str:
-    return f" ± {_pair(statistics.stdev(both[0]), statistics.stdev(both[1]))}"
+    return f" ± {_pair(map(statistics.stdev, both))}"
 
 
-def _pair(ade: float, fde: float, digits: int = 3) -> str:
-    """``.174/.321``"""
-    return "/".join(f"{value:.{digits}f}".removeprefix("0" if value < 1 else "") for value in (ade, fde))
+def _pair(pair: Iterable[float], digits: int = 3) -> str:
+    """``.174/.321``: ADE and FDE."""
+    return "/".join(f"{value:.{digits}f}".removeprefix("0" if value < 1 else "") for value in pair)
 
 
 def _reference_cells(row: Mapping[str, Any], columns: Sequence[str], averaged: Sequence[str]) -> list[str]:
     scores, digits = row["scores"], row["digits"]
-    cells = [_pair(*scores[name], digits) if name in scores else "–" for name in columns]
+    cells = [_pair(scores[name], digits) if name in scores else "–" for name in columns]
     if averaged:
         mean = scores.get(AVG) or [statistics.fmean(scores[scene][i] for scene in averaged) for i in (0, 1)]
-        cells.append(_pair(*mean, digits))
+        cells.append(_pair(mean, digits))
     return [row["method"], *cells, "–"]
 
 
