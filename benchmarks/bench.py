@@ -18,7 +18,7 @@ from benchmarks.latency import LEAST, BenchError, Measured, Worker, measure, tic
 from toolchain import artifact
 from toolchain.artifact import EdgestillError, Manifest
 from toolchain.stage import Job, main, progress
-from toolchain.tasks import Arrays, Split, load_data, load_task
+from toolchain.tasks import Arrays, Split, digits_of, load_data, load_task, unit_of
 
 SCHEMA = 1
 BATCH = 64
@@ -142,7 +142,8 @@ def _results(job: Job, rows: list[Row], measured: dict[str, Measured]) -> dict[s
             "metric": {
                 "name": task.HEADLINE,
                 "higher_is_better": task.HIGHER_IS_BETTER,
-                "unit": getattr(task, "UNIT", ""),
+                "unit": unit_of(task, data.info),
+                "digits": digits_of(task),
                 "note": data.info.get("note"),
             },
             "samples": len(split),

@@ -5,19 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.tables import count, first_batch, headline, ms, of, p50, reference, score, size, times
+from benchmarks.formats import count, ms, scored, size, times
+from benchmarks.tables import first_batch, headline, of, p50, reference
 
 Row = Mapping[str, Any]
 Metric = Mapping[str, Any]
 
 
 def points(value: float, metric: Metric) -> str:
-    """A difference of the metric in words: ``1.20 points of accuracy``."""
-    return (
-        f"{score(value)} points of {metric['name']}"
-        if metric["unit"] in ("", "%")
-        else f"{score(value)} {metric['unit']}"
-    )
+    """A difference of the metric: ``1.20 points``, ``0.012 m``; more decimals where it would not be told exactly."""
+    text = scored(value, metric)
+    return f"{text if float(text) == value else f'{value:g}'} {_points(metric)}"
+
+
+def budget(max_drop: float, metric: Metric) -> str:
+    """What may be lost: ``within 2.00 points of accuracy of the student``."""
+    amount = points(max_drop, metric)
+    if metric["higher_is_better"]:
+        return f"within {amount} of {metric['name']} of the student"
+    return f"with {metric['name']} at most {amount} above the student's"
+
+
+def change(gain: float, metric: Metric) -> str:
+    """A gain in words: ``1.20 points of accuracy gained``, ``minADE 0.012 m better``."""
+    amount = scored(abs(gain), metric)
+    if not float(amount):
+        return f"the same {metric['name']}"
+    if metric["higher_is_better"]:
+        return f"{amount} {_points(metric)} of {metric['name']} {'gained' if gain > 0 else 'lost'}"
+    return f"{metric['name']} {amount} {_points(metric)} {'better' if gain > 0 else 'worse'}"
+
+
+def _points(metric: Metric) -> str:
+    return "points" if metric["unit"] in ("", "%") else str(metric["unit"])
 
 
 def recommend(rows: Sequence[Row], metric: Metric | None, max_drop: float) -> dict[str, Any] | None:
@@ -29,23 +49,23 @@ def recommend(rows: Sequence[Row], metric: Metric | None, max_drop: float) -> di
     timed = [row for row in rows if row["kind"] in ("onnx", "engine") and row["status"] == "ok" and p50(row, batch)]
     base = reference(rows, metric)
     before = headline(base, metric) if base else None
-    budget, dropped = "", []
+    told, dropped = "", []
     if metric is not None and before is not None:
         sign = 1 if metric["higher_is_better"] else -1
         drops = {row["name"]: sign * (before - found) for row in timed if (found := headline(row, metric)) is not None}
         dropped = [row["name"] for row in timed if drops.get(row["name"], float("inf")) > max_drop]
         timed = [row for row in timed if row["name"] not in dropped]
-        budget = f" within {points(max_drop, metric)} of the student ({score(before)}{_unit(metric)})"
+        told = f" {budget(max_drop, metric)} ({scored(before, metric)}{_unit(metric)})"
         if dropped:
-            budget += f"; over that budget: {', '.join(dropped)}"
+            told += f"; over that budget: {', '.join(dropped)}"
     elif timed:
-        budget = "; accuracy was not measured"
+        told = "; accuracy was not measured"
     if not timed:
         return None
     best = min(timed, key=lambda row: p50(row, batch) or 0.0)
     edge = best["latency"][batch]["p50"]["high_ms"]
     ties = [r["name"] for r in timed if r is not best and r["latency"][batch]["p50"]["low_ms"] <= edge]
-    reason = f"fastest at batch {batch} ({ms(p50(best, batch))} ms p50){budget}."
+    reason = f"fastest at batch {batch} ({ms(p50(best, batch))} ms p50){told}."
     if ties:
         reason += f" Not measurably slower: {', '.join(ties)}."
     return {"name": best["name"], "reason": reason, "ties": ties, "over_budget": dropped}
@@ -101,7 +121,8 @@ def sentence(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     best = (summary.get("recommended") or {}).get("name")
     small = next((row for row in rows if row["name"] == best), of(rows, "student"))
     sections = {key: config.get(key) or {} for key in ("teacher", "student", "method", "data")}
-    big_name = sections["teacher"].get("model", "the teacher")
+    own = sections["teacher"].get("student") or sections["teacher"]
+    big_name = own.get("model", "the teacher")
     small_name = sections["student"].get("model", "the student")
     method, data = sections["method"].get("name", "?"), sections["data"].get("source", config.get("task", "its data"))
     if small is None:
@@ -110,7 +131,7 @@ def sentence(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if teacher is None:
         found = headline(small, metric)
         told = (
-            f": {score(found)}{_unit(metric)} {metric['name']} on the test split"
+            f": {metric['name']} {scored(found, metric)}{_unit(metric)} on the test split"
             if metric and found is not None
             else ""
         )
@@ -128,14 +149,12 @@ def sentence(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if slow and fast:
         gains.append(f"{times(slow / fast)} the speed at batch {batch} ({ms(fast)} instead of {ms(slow)} ms)")
     before, after = headline(teacher, metric), headline(small, metric)
-    change = ""
+    compared = ""
     if metric and before is not None and after is not None:
-        sign = 1 if metric["higher_is_better"] else -1
-        lost = sign * (before - after)
-        verb = "lost" if lost > 0 else "gained"
-        what = f"{points(abs(lost), metric)} {verb}" if round(lost, 2) else f"the same {metric['name']}"
-        change = f"; {what}: {score(after)} against the teacher's {score(before)}{_unit(metric)}"
-    return f"{text} As {small['name']} it has {_and(gains)}{change}." if gains else f"{text[:-1]}{change}."
+        gain = after - before if metric["higher_is_better"] else before - after
+        scores = f"{scored(after, metric)} against the teacher's {scored(before, metric)}{_unit(metric)}"
+        compared = f"; {change(gain, metric)}: {scores}"
+    return f"{text} As {small['name']} it has {_and(gains)}{compared}." if gains else f"{text[:-1]}{compared}."
 
 
 def _and(parts: Sequence[str]) -> str:

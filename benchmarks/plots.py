@@ -39,6 +39,11 @@ STYLE: Any = {
     "legend.frameon": False,
     "svg.hashsalt": "edgestill",
 }
+FEW = 15  # points of a curve that are marked
+TEST = "test, watched only"
+LOSSES = {"loss", "ce", "kl", "mse", "l1", "l2", "kd", "distance", "diversity", "path", "paths", "destination"} | {
+    *("destinations", "feature", "features", "branches", "truth", "ranking")
+}
 SKIPPED = ("epoch", "step", "lr", "seconds", "samples_per_second", "stage")
 
 
@@ -55,7 +60,7 @@ class Point:
 
 
 def pareto(points: Sequence[Point], metric: str, higher_is_better: bool, batch: str, best: str | None) -> bytes:
-    """SVG: score against p50 latency (log scale); the front, intervals, and a label at every point."""
+    """SVG: score against p50 latency (log scale); the front, intervals, and a label at every point. Up is better."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.3), layout="constrained")
         canvas = FigureCanvasAgg(figure)
@@ -85,7 +90,9 @@ def pareto(points: Sequence[Point], metric: str, higher_is_better: bool, batch: 
                 axes.plot(point.ms, point.score, "o", zorder=2, **ring)
         axes.margins(0.14, 0.18)
         if len({p.score for p in points}) == 1:
-            axes.set_ylim(points[0].score - 1, points[0].score + 1)
+            margin = abs(points[0].score) / 50 or 1.0
+            axes.set_ylim(points[0].score - margin, points[0].score + margin)
+        axes.yaxis.set_inverted(not higher_is_better)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(FuncFormatter(_minor))
         axes.tick_params(axis="x", which="minor", labelsize=7)
@@ -166,9 +173,10 @@ def scalars(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tupl
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Scalars by what they tell: validation, losses, accuracies while training, prototypes, and the rest."""
+    """Scalars by what they tell: validation, test, losses, accuracies while training, prototypes, and the rest."""
     found: dict[str, list[str]] = {
         "validation": [],
+        TEST: [],
         "losses": [],
         "training accuracy": [],
         "prototypes": [],
@@ -178,11 +186,13 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
         words = set(name.lower().replace("_", " ").replace("/", " ").split())
         if "val" in words:
             key = "validation"
+        elif "test" in words:
+            key = TEST
         elif words & {"prototype", "prototypes", "perplexity", "usage", "entropy"}:
             key = "prototypes"
         elif words & {"accuracy", "acc", "agreement"}:
             key = "training accuracy"
-        elif words & {"loss", "ce", "kl", "mse", "l1", "l2", "kd"}:
+        elif words & LOSSES:
             key = "losses"
         else:
             key = "other"
@@ -191,13 +201,14 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _by_size(title: str, names: list[str], curves: Mapping[str, Sequence[tuple[float, float]]]) -> list[list[str]]:
-    """Scalars that share a panel: outside the losses, none dwarfs another twentyfold."""
+    """Scalars that share a panel: outside the losses, none dwarfs another twentyfold; among scores, fivefold."""
     if title == "losses":
         return [names]
+    most = 5 if title in ("validation", TEST) else 20
     size = {name: float(np.abs(np.array(curves[name])[:, 1]).max()) for name in names}
     parts: list[list[str]] = []
     for name in sorted(names, key=lambda n: -size[n]):
-        if parts and size[parts[-1][0]] <= 20 * size[name]:
+        if parts and size[parts[-1][0]] <= most * size[name]:
             parts[-1].append(name)
         else:
             parts.append([name])
@@ -207,7 +218,7 @@ def _by_size(title: str, names: list[str], curves: Mapping[str, Sequence[tuple[f
 def training(curves: Mapping[str, Sequence[tuple[float, float]]], axis: str) -> bytes:
     """SVG: a panel per group of scalars, over epochs or steps. A panel of one sign and wide range is logarithmic."""
     panels = [(title, part) for title, names in groups(curves).items() for part in _by_size(title, names, curves)]
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
@@ -216,8 +227,8 @@ def training(curves: Mapping[str, Sequence[tuple[float, float]]], axis: str) -> 
             axes = figure.add_subplot(rows, columns, number + 1)
             for index, name in enumerate(sorted(names, key=lambda n: (n != "loss", n))):
                 x, y = np.array(curves[name]).T
-                style = "." if len(x) == 1 else "-"
-                label = name.removeprefix("val ") if title == "validation" else name
+                style = ".-" if len(x) <= FEW else "-"
+                label = name.removeprefix("val ").removeprefix("test ")
                 axes.plot(x, y, style, color=COLOURS[index % len(COLOURS)], linewidth=1.4, label=label)
             values = np.concatenate([np.array(curves[name])[:, 1] for name in names])
             if title == "losses" and values.min() > 0 and values.max() > 50 * values.min():
@@ -225,7 +236,7 @@ def training(curves: Mapping[str, Sequence[tuple[float, float]]], axis: str) -> 
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             axes.set_title(title)
             axes.set_xlabel(axis)
-            axes.legend(fontsize=7, ncols=1 + (len(names) > 5))
+            axes.legend(fontsize=7, ncols=1 + (len(names) > 5), frameon=True, framealpha=0.7, edgecolor="none")
         return _svg(figure)
 
 

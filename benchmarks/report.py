@@ -16,24 +16,18 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks import findings, plots
+from benchmarks.formats import count, markdown, ms, scored, share, size, times, titled
 from benchmarks.tables import (
     cells,
-    count,
     device,
     first_batch,
     header,
     headline,
-    markdown,
-    ms,
     notes,
     p50,
     reasons,
     reference,
-    score,
-    share,
-    size,
     summary_markdown,
-    times,
 )
 from toolchain import artifact
 from toolchain.artifact import EdgestillError
@@ -51,7 +45,7 @@ def run(job: Job) -> None:
     pictures: dict[str, bytes] = {}
     if (plane := pareto_of(summary)) is not None:
         pictures["pareto.svg"] = plane
-    training = curves(job.inputs.get("student"))
+    training = curves(job.inputs)
     pictures |= {f"training-{number}.svg": content for number, (_, content) in enumerate(training)}
     view = {
         "summary": summary,
@@ -140,18 +134,25 @@ def pareto_of(summary: Mapping[str, Any]) -> bytes | None:
     if len(found) < 2:
         return None
     name = f"{metric['name']} ({metric['unit']})" if metric["unit"] else metric["name"]
+    better = "higher" if metric["higher_is_better"] else "lower"
     best = (summary["recommended"] or {}).get("name")
-    return plots.pareto(found, name, metric["higher_is_better"], batch, best)
+    return plots.pareto(found, f"{name}, {better} is better →", metric["higher_is_better"], batch, best)
 
 
-def curves(student: Path | None) -> list[tuple[str, bytes]]:
-    """A picture per training stage from the student's train.jsonl."""
-    path = student / "train.jsonl" if student else None
-    if path is None or not path.is_file():
-        return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    axis = "epoch" if any("epoch" in line for line in lines) else "step"
-    return [(stage, plots.training(found, axis)) for stage, found in plots.scalars(lines).items() if found]
+def curves(inputs: Mapping[str, Path]) -> list[tuple[str, bytes]]:
+    """A picture per training stage from the train.jsonl of teacher and student; one point is no curve."""
+    pictures = []
+    for role in ("teacher", "student"):
+        path = inputs[role] / "train.jsonl" if role in inputs else None
+        if path is None or not path.is_file():
+            continue
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        axis = "epoch" if any("epoch" in line for line in lines) else "step"
+        for stage, found in plots.scalars(lines).items():
+            if any(len(points) > 1 for points in found.values()):
+                title = role if stage in ("", role) else f"{role}: {stage}"
+                pictures.append((title, plots.training(found, axis)))
+    return pictures
 
 
 def samples(job: Job, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,8 +235,7 @@ def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
 
 def _accuracy_table(rows: list[dict[str, Any]], metric: Mapping[str, Any]) -> Table:
     others = list(dict.fromkeys(name for row in rows for name in row["accuracy"] or {} if name != metric["name"]))
-    unit = f" ({metric['unit']})" if metric["unit"] else ""
-    title = ["row", metric["name"] + unit, "made of", "change", "agreement"]
+    title = ["row", titled(metric), "made of", "change", "agreement"]
     title += ["change vs student", "agreement vs student", "max. difference"]
     by_name = {row["name"]: row for row in rows}
     base = reference(rows, metric)
@@ -249,21 +249,21 @@ def _accuracy_table(rows: list[dict[str, Any]], metric: Mapping[str, Any]) -> Ta
         body.append(
             [
                 row["name"],
-                score(mine),
+                scored(mine, metric),
                 before or "–",
-                _change(mine, headline(by_name[before], metric) if before else None),
+                _change(mine, headline(by_name[before], metric) if before else None, metric),
                 share(agreement.get("previous")),
-                _change(mine, against),
+                _change(mine, against, metric),
                 share(agreement.get("student")),
                 _differences(row["max_difference"]),
-                *(score(row["accuracy"].get(name)) for name in others),
+                *(scored(row["accuracy"].get(name), metric) for name in others),
             ]
         )
     return title + others, body
 
 
-def _change(after: float | None, before: float | None) -> str:
-    return "–" if after is None or before is None else score(after - before, signed=True)
+def _change(after: float | None, before: float | None, metric: Mapping[str, Any]) -> str:
+    return "–" if after is None or before is None else scored(after - before, metric, signed=True)
 
 
 def _differences(found: Mapping[str, float | None] | None) -> str:
@@ -386,6 +386,7 @@ def render_html(view: Mapping[str, Any]) -> str:
     jinja.filters["svg"] = lambda content: f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
     jinja.filters["png"] = lambda content: f"data:image/png;base64,{base64.b64encode(content).decode()}"
     jinja.filters["size"] = size
+    jinja.filters["budget"] = findings.budget
     return jinja.get_template("report.html.j2").render(view)
 
 

@@ -11,86 +11,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
-import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from toolchain.artifact import EdgestillError
+from benchmarks.formats import TableError, count, markdown, ms, scored, share, size, times, titled
+from benchmarks.study_tables import read_results, study_table
 from toolchain.stage import console, guard
 
 RESULTS = Path(__file__).parent / "results"
-BASELINE = "plain"
 NOISY = 0.25  # a training benchmark whose rounds differ by more is marked
 LEAST_WIDTH = 100  # a cut column says nothing; a terminal that is narrower wraps
 MARKED = re.compile(r"(<!-- results:(?P<study>[\w.-]+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
-# Student's t, 0.975 quantile, 1 to 30 degrees of freedom.
-T975 = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-
 COLUMNS = ("row", "params", "size", "score", "change", "agreement", "p50 ms", "speed-up")
 NUMERIC = COLUMNS[1:]
-
-
-class TableError(EdgestillError):
-    """A results file or a document's markers are wrong, or a table is out of date."""
-
-
-# --- formats shared by terminal, Markdown and HTML
-
-
-def count(value: int | None) -> str:
-    if value is None:
-        return "–"
-    for limit, unit in ((1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g} {unit}" if value < 1000 * limit else f"{value / limit:,.0f} {unit}"
-    return str(value)
-
-
-def size(value: int | None) -> str:
-    if value is None:
-        return "–"
-    return f"{value / 1e6:.2f} MB" if value >= 1e5 else f"{value / 1e3:.1f} kB"
-
-
-def ms(value: float | None) -> str:
-    """Three digits that count."""
-    if value is None:
-        return "–"
-    return (
-        f"{value:.0f}" if value >= 100 else f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
-    )
-
-
-def score(value: float | None, signed: bool = False) -> str:
-    if value is None:
-        return "–"
-    text = f"{value:+.2f}" if signed else f"{value:.2f}"
-    return text.replace("-", "−") if float(text) else "0.00"
-
-
-def share(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def times(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()) -> str:
-    """A Markdown table; columns named in ``right`` are right-aligned."""
-    right = set(right)
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join("--:" if h in right else "---" for h in header) + "|"]
-    lines += ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
 
 
 # --- a run
@@ -143,8 +81,8 @@ def cells(value: Mapping[str, Any]) -> list[list[str]]:
                 row["name"],
                 count(row["parameters"]),
                 size(row["bytes"]),
-                score(found),
-                score(found - before, signed=True) if found is not None and before is not None else "–",
+                scored(found, metric),
+                scored(found - before, metric, signed=True) if found is not None and before is not None else "–",
                 share((row.get("agreement") or {}).get("student")),
                 ms(mine) + (" ~" if summary.get("noisy") else ""),
                 times(slowest / mine if slowest and mine else None),
@@ -155,7 +93,7 @@ def cells(value: Mapping[str, Any]) -> list[list[str]]:
 
 def header(value: Mapping[str, Any]) -> list[str]:
     metric = value.get("metric")
-    names = {"score": metric["name"] + (f" ({metric['unit']})" if metric["unit"] else "")} if metric else {}
+    names = {"score": titled(metric)} if metric else {}
     return [names.get(column, column) for column in COLUMNS]
 
 
@@ -172,7 +110,10 @@ def notes(value: Mapping[str, Any]) -> list[str]:
     ]
     if any((row.get("latency") or {}).get(batch, {}).get("noisy") for row in value["rows"]):
         text.append("~ noisy: medians of the rounds lie more than 5 % apart.")
-    if note := (value.get("metric") or {}).get("note"):
+    metric = value.get("metric") or {}
+    if not metric.get("higher_is_better", True):
+        text.append(f"{metric['name']}: less is better, so a change above 0 is a loss.")
+    if note := metric.get("note"):
         text.append(note)
     return text
 
@@ -204,80 +145,7 @@ def summary_markdown(value: Mapping[str, Any]) -> str:
     return markdown(header(value), cells(value), right=header(value)[1:])
 
 
-# --- studies
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rows of a study's results file. Raises TableError."""
-    if not path.is_file():
-        near = ", ".join(sorted(p.stem for p in path.parent.glob("*.jsonl"))) or "none"
-        raise TableError(f"{path}: no such results; studies there: {near}")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            assert row["dataset"]
-            assert row["method"]
-            assert isinstance(row["metrics"], dict)
-            assert row["metrics"]
-            int(row["seed"])
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise TableError(
-                f"{path}:{number}: expected a JSON object with dataset, method, seed and metrics; run the study again"
-            ) from error
-        rows.append(row)
-    return rows
-
-
-def mean_sd(values: Sequence[float], signed: bool = False) -> str:
-    mean = score(statistics.fmean(values), signed)
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
-def paired(differences: Sequence[float]) -> str:
-    """Mean ± sd of differences on the same seeds, with the 95 % interval of their mean by Student's t."""
-    n = len(differences)
-    if n < 2:
-        return mean_sd(differences, signed=True)
-    mean, sd = statistics.fmean(differences), statistics.stdev(differences)
-    half = (T975[n - 2] if n <= len(T975) + 1 else 1.96) * sd / math.sqrt(n)
-    return f"{mean_sd(differences, signed=True)} [{score(mean - half, True)}, {score(mean + half, True)}]"
-
-
-def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean ± sd over seeds of each (dataset, method), and the paired difference to the method ``plain``.
-
-    The headline metric is the first of a row's ``metrics``. A seed that was run twice counts once, as last written;
-    rows of another config than the last one of their (dataset, method) do not count.
-    """
-    if not rows:
-        return "No results yet.\n"
-    groups: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
-    latest = {(row["dataset"], row["method"]): row.get("config_sha256") for row in rows}
-    for row in rows:
-        if row.get("config_sha256") != latest[row["dataset"], row["method"]]:
-            continue
-        groups.setdefault(row["dataset"], {}).setdefault(row["method"], {})[int(row["seed"])] = row
-    body = []
-    for dataset, methods in groups.items():
-        metric = next(iter(rows_of(methods)[0]["metrics"]))
-        plain = methods.get(BASELINE, {})
-        for method in sorted(methods, key=lambda name: name != BASELINE):
-            by_seed = methods[method]
-            shared = sorted(set(by_seed) & set(plain)) if method != BASELINE else []
-            differences = [by_seed[s]["metrics"][metric] - plain[s]["metrics"][metric] for s in shared]
-            values = [by_seed[seed]["metrics"][metric] for seed in sorted(by_seed)]
-            devices = ", ".join(dict.fromkeys(str(row.get("device", "–")) for row in by_seed.values()))
-            change = paired(differences) if differences else "–"
-            body.append([dataset, method, metric, mean_sd(values), change, str(len(values)), devices])
-    title = ["dataset", "method", "metric", "mean ± sd", f"difference to {BASELINE} ± sd [95 %]", "seeds", "device"]
-    return markdown(title, body, right=title[3:6])
-
-
-def rows_of(methods: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
-    return [row for by_seed in methods.values() for row in by_seed.values()]
+# --- documents
 
 
 def measured_table(value: Mapping[str, Any], what: str) -> str:

@@ -6,6 +6,7 @@ import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from accelerate import PartialState
 from torch import nn
@@ -14,7 +15,7 @@ from toolchain.artifact import create, remove, versions
 from toolchain.checkpoint import save_tensors
 from toolchain.config import Config, validate
 from toolchain.stage import Job, console, main
-from toolchain.tasks import Data, load_data
+from toolchain.tasks import Data, digits_of, load_data, unit_of
 from toolchain.train import Run, read_metrics
 
 
@@ -47,23 +48,29 @@ def run(job: Job) -> None:
     trained = train_student(validate({"name": "student"} | sections), data, job.inputs, job.work)
     if not PartialState().is_main_process:
         return
-    records = trained.run.records
+    write(trained, job.out, job.config)
+    remove(job.work)
+    headline, value = next(iter(trained.val.items()))
     parameters = sum(parameter.numel() for parameter in trained.student.parameters())
-    with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
+    shown = f"{value:.{digits_of(trained.run.task)}f} {unit_of(trained.run.task, data.info)}".rstrip()
+    console.print(f"    student: {parameters:,} parameters, validation {headline} {shown}", markup=False)
+
+
+def write(trained: Trained, out: Path, config: dict[str, Any]) -> None:
+    """The student artifact; ``config`` holds the sections it was made from."""
+    records = trained.run.records
+    with create(out, stage="student", config=config, inputs=trained.run.inputs) as draft:
         save_tensors(draft.path / "model.safetensors", trained.student.state_dict())
         (draft.path / "train.jsonl").write_text(read_metrics(trained.run), encoding="utf-8")
         draft.metrics = {"val": trained.val}
         draft.versions = versions("torch", "accelerate", "safetensors", "timm", "numpy")
         draft.extra = {
-            "info": data.info,
+            "info": trained.run.data.info,
             "method": trained.run.cfg.method.name,
-            "parameters": parameters,
+            "parameters": sum(parameter.numel() for parameter in trained.student.parameters()),
             "stages": records,
             "best_epoch": records[-1]["best_epoch"] if records else None,
         }
-    remove(job.work)
-    headline, value = next(iter(trained.val.items()))
-    console.print(f"    student: {parameters:,} parameters, validation {headline} {value:.2f}", markup=False)
 
 
 if __name__ == "__main__":

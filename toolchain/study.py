@@ -25,11 +25,16 @@ from toolchain.config import Config, ConfigError, apply_overrides, read_yaml, va
 from toolchain.pipeline import Pipeline, StageError, lock, perform, plan, resumable
 from toolchain.section import Section
 from toolchain.stage import Job, console, main
-from toolchain.tasks import load_data
+from toolchain.tasks import digits_of, load_data
+
+SECTIONS = ("seed", "task", "data", "teacher", "student", "method", "train")  # what a student depends on
 
 
 class StudySection(Section):
-    """A study's YAML. ``datasets`` and ``methods`` map a row's name to overrides of the base config."""
+    """A study's YAML. ``datasets`` and ``methods`` map a row's name to overrides of the base config.
+
+    ``keep``: leave each run's student as an artifact, ``<work>/<study>/students/<dataset>-<method>-<seed>``.
+    """
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     config: str
@@ -38,6 +43,7 @@ class StudySection(Section):
     datasets: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     methods: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     common: dict[str, Any] = Field(default_factory=dict)
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class Row:
     @property
     def sha256(self) -> str:
         """Of the sections that decide the trained student."""
-        return digest(self.config.section("task", "data", "teacher", "student", "method", "train"))
+        return digest(self.config.section(*SECTIONS[1:]))
 
 
 def rows(path: Path, overrides: Sequence[str] = ()) -> tuple[StudySection, list[Row]]:
@@ -176,7 +182,8 @@ def _job(study: StudySection, shared: Path, group: Sequence[Row], results: Path)
         for row in group
     ]
     inputs = {path.name: path for path in sorted(shared.iterdir()) if artifact.is_whole(path)}
-    config = {"study": study.study, "protocol": study.protocol, "results": str(results), "runs": runs}
+    kept = str(shared.with_name("students")) if study.keep else None
+    config = {"study": study.study, "protocol": study.protocol, "results": str(results), "runs": runs, "keep": kept}
     return Job("rows", shared.with_name(f"{shared.name}-rows"), config | {"commit": commit()}, inputs)
 
 
@@ -189,7 +196,7 @@ def commit() -> str:
 
 def work_off(job: Job) -> None:
     """The process of a group: train, score on the test split, append the row. A run that fails stops no other."""
-    from toolchain.distill import train_student
+    from toolchain.distill import train_student, write
 
     data = load_data(job.inputs["data"])
     failures = []
@@ -203,12 +210,17 @@ def work_off(job: Job) -> None:
             failures.append(f"{item['method']} seed {item['seed']}: {error}")
             continue
         test = {name: float(value) for name, value in trained.run.scorer("test")(trained.student).items()}
+        if job.config["keep"]:
+            place = Path(job.config["keep"]) / f"{item['dataset']}-{item['method']}-{item['seed']}"
+            write(trained, place, cfg.section(*SECTIONS))
         row = {
             "study": job.config["study"],
             "method": item["method"],
             "dataset": item["dataset"],
             "seed": item["seed"],
-            "metrics": test | {f"val_{name}": value for name, value in trained.val.items()},
+            "metrics": test
+            | {f"val_{name}": value for name, value in trained.val.items()}
+            | watched(trained.run.records),
             "parameters": sum(p.numel() for p in trained.student.parameters()),
             "config_sha256": item["sha256"],
             "commit": job.config["commit"],
@@ -220,7 +232,8 @@ def work_off(job: Job) -> None:
         with Path(job.config["results"]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         artifact.remove(folder)
-        scores = ", ".join(f"{name} {value:.2f}" for name, value in test.items())
+        digits = digits_of(trained.run.task)
+        scores = ", ".join(f"{name} {value:.{digits}f}" for name, value in test.items())
         console.print(
             f"    {number}/{len(job.config['runs'])} {item['method']} seed {item['seed']}: {scores}", markup=False
         )
@@ -228,6 +241,17 @@ def work_off(job: Job) -> None:
         raise EdgestillError("\n".join(failures))
     with artifact.create(job.out, stage=job.stage, config={"study": job.config["study"]}):
         pass
+
+
+def watched(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a habit of selecting by another split would have reported: ``test_selected_<metric>``, of the last stage."""
+    found = records[-1].get("watched", {}) if records else {}
+    return {
+        f"{split}_selected_{name}": value
+        for split, entry in found.items()
+        for name, value in entry["scores"].items()
+        if name != "selection"
+    }
 
 
 def device() -> str:

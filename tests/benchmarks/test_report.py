@@ -56,7 +56,10 @@ def test_for_an_error_metric_lower_is_better() -> None:
     rows = [row("onnx", "onnx", "fp32", 0.2, 1.0), row("onnx-fp16", "onnx", "fp16", 0.1, 1.5)]
     metric = {"name": "ade", "higher_is_better": False, "unit": "m"}
     rows = [one | {"accuracy": {"ade": one["accuracy"]["accuracy"]}} for one in rows]
-    assert findings.recommend(rows, metric, 0.2)["name"] == "onnx"  # type: ignore[index]
+    strict = findings.recommend(rows, metric, 0.2)
+    assert strict is not None
+    assert strict["name"] == "onnx"
+    assert "with ade at most 0.20 m above the student's (1.00 m)" in strict["reason"]
     assert findings.recommend(rows, metric, 0.6)["name"] == "onnx-fp16"  # type: ignore[index]
 
 
@@ -90,6 +93,67 @@ def test_the_headline_says_gain_and_loss() -> None:
     assert "2.00 points of accuracy lost: 96.00 against the teacher's 98.00 %" in text
     assert "without a teacher" in findings.sentence(summary, config | {"method": {"name": "plain"}})
     findings.sentence({"rows": [], "metric": None, "recommended": None}, {"task": "t"})
+
+
+METRES = {"name": "minADE", "higher_is_better": False, "unit": "m", "digits": 3}
+
+
+@pytest.mark.parametrize(
+    ("gain", "metric", "words"),
+    [
+        (-2.0, METRIC, "2.00 points of accuracy lost"),
+        (1.5, METRIC, "1.50 points of accuracy gained"),
+        (0.004, METRIC, "the same accuracy"),
+        (-0.0121, METRES, "minADE 0.012 m worse"),
+        (0.0121, METRES, "minADE 0.012 m better"),
+        (-0.0004, METRES, "the same minADE"),
+        (-1.0, METRES | {"name": "error", "unit": "%"}, "error 1.000 points worse"),
+    ],
+)
+def test_changes_read_right_for_scores_and_for_errors(gain: float, metric: dict[str, Any], words: str) -> None:
+    assert findings.change(gain, metric) == words
+
+
+def test_a_budget_is_told_exactly() -> None:
+    assert findings.budget(2.0, METRIC) == "within 2.00 points of accuracy of the student"
+    assert findings.budget(0.01, METRES) == "with minADE at most 0.010 m above the student's"
+    assert findings.budget(0.0005, METRES) == "with minADE at most 0.0005 m above the student's"
+
+
+def test_every_table_of_an_error_has_its_digits_and_direction() -> None:
+    rows = [
+        row("onnx-teacher", "teacher", "fp32", 5.0, None, accuracy={"minADE": 0.3812, "minFDE": 0.68}),
+        row("student", "student", "fp32", 1.0, None, accuracy={"minADE": 0.3691, "minFDE": 0.67}),
+        row("onnx", "onnx", "fp32", 0.2, None, accuracy={"minADE": 0.3648, "minFDE": 0.66}),
+    ]
+    rows = [one | {"max_difference": None} for one in rows]
+    summary = {"rows": rows, "metric": METRES, "environment": {}, "recommended": {"name": "onnx"}}
+    assert tables.header(summary)[3] == "minADE (m) ↓"
+    assert [cells[3:5] for cells in tables.cells(summary)] == [
+        ["0.381", "+0.012"],
+        ["0.369", "0.000"],
+        ["0.365", "−0.004"],
+    ]
+    assert "minADE: less is better, so a change above 0 is a loss." in tables.notes(summary)
+    title, body = report._accuracy_table(rows, METRES)
+    assert title[1] == "minADE (m) ↓"
+    assert body[2][1:4] == ["0.365", "–", "–"]
+    assert body[2][5] == "−0.004"
+    assert body[2][-1] == "0.660"
+    text = findings.sentence(summary, {"method": {"name": "ppt_student"}})
+    assert "minADE 0.016 m better: 0.365 against the teacher's 0.381 m" in text
+    nested = {"method": {"name": "ppt_student"}, "teacher": {"student": {"model": "ppt"}}}
+    assert findings.sentence(summary, nested).startswith("ppt (1 k parameters) was distilled")
+
+
+def test_up_is_better_in_the_plane(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(plots, "_label", lambda axes, *_: seen.append(axes))
+    points = [plots.Point(name, "onnx", ms, ms, ms, 0.4 - 0.1 * ms) for name, ms in (("a", 1.0), ("b", 2.0))]
+    for higher in (True, False):
+        plots.pareto(points, "x", higher, "1", None)
+        plots.pareto([points[0], points[0]], "x", higher, "1", None)
+    assert [axes.yaxis_inverted() for axes in seen] == [False, False, True, True]
 
 
 def test_the_front_holds_what_nothing_beats() -> None:
@@ -129,6 +193,31 @@ def test_scalars_are_grouped_by_what_they_tell() -> None:
         "other": ["grad_norm"],
     }
     assert b"<svg" in plots.training(found, "epoch")
+
+
+def test_the_scalars_of_trajectories_are_known() -> None:
+    scores = {"selection": 2.0, "minADE": 0.3, "meanFDE": 6.0}
+    line = {"stage": "III-complete", "loss": 60.0, "path": 54.0, "features": 0.7, "grad_norm": 9.0}
+    found = plots.scalars([line | {"epoch": e, "val": scores, "test": scores} for e in (1, 2)])["III-complete"]
+    groups = plots.groups(found)
+    assert groups["losses"] == ["loss", "path", "features"]
+    assert groups["test, watched only"] == ["test selection", "test minADE", "test meanFDE"]
+    assert groups["other"] == ["grad_norm"]
+    assert plots._by_size("validation", groups["validation"], found) == [
+        ["val meanFDE", "val selection"],
+        ["val minADE"],
+    ]
+    assert b"<svg" in plots.training(found, "epoch")
+
+
+def test_the_training_of_teacher_and_student_is_shown(tmp_path: Path) -> None:
+    for role, stages in (("teacher", ("I", "warm-up", "III")), ("student", ("student",))):
+        lines = [{"stage": s, "epoch": e, "loss": 1.0} for s in stages for e in ((1,) if s == "warm-up" else (1, 2))]
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    inputs = {role: tmp_path / role for role in ("data", "student", "teacher")}
+    assert [title for title, _ in report.curves(inputs)] == ["teacher: I", "teacher: III", "student"]
+    assert report.curves({"data": tmp_path}) == []
 
 
 def test_masks_and_images_become_pictures() -> None:

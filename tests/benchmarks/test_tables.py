@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import formats, tables
 
 SCORES = {
     ("plain", 0): 90.0,
@@ -105,7 +105,9 @@ def test_numbers_are_shown_with_the_digits_that_count() -> None:
     assert [tables.ms(v) for v in (None, 0.04123, 1.234, 12.34, 123.4)] == ["–", "0.0412", "1.23", "12.3", "123"]
     assert [tables.count(v) for v in (None, 12, 98_765, 3_412_345)] == ["–", "12", "98.8 k", "3.41 M"]
     assert [tables.size(v) for v in (None, 512, 2_345_678)] == ["–", "0.5 kB", "2.35 MB"]
-    assert [tables.score(v, signed=True) for v in (0.004, -0.004, -1.5)] == ["0.00", "0.00", "−1.50"]
+    assert [formats.score(v, signed=True) for v in (0.004, -0.004, -1.5)] == ["0.00", "0.00", "−1.50"]
+    assert [formats.score(v, 3, signed=True) for v in (0.004, -0.0004, -1.5)] == ["+0.004", "0.000", "−1.500"]
+    assert [formats.scored(0.3647, metric) for metric in (None, {}, {"digits": 3})] == ["0.36", "0.36", "0.365"]
 
 
 def test_committed_tables_agree_with_their_results() -> None:

@@ -119,11 +119,12 @@ class Training(Section):
 class PPT(Section):
     """Progressive pretext-task learning; weights in the unit of the scaled tracks, see ``methods/ppt.py``.
 
-    ``step``: next position (task I); ``warmup`` and ``destination``: task II, first with the encoder frozen;
-    ``complete``: task III, whose destination predictor learns at ``destination_lr`` (0: frozen). ``diversity`` and
-    ``sigma``: task II's second term; ``features`` and ``destination_features``: the two distillation terms of task
-    III; ``branches``: its supervision of the other hypotheses by the section ``teacher``. ``test_selected``: also
-    report the epoch of task III that is best on the test split, the official code's habit, beside the honest one.
+    ``step``: next position (task I). ``warmup`` and ``destination``: task II, first with the encoder frozen; of its
+    loss ``diversity`` and ``sigma`` are the second term, ``winners`` how many candidates learn from a sample at first.
+    ``complete``: task III; its destination predictor learns at ``destination_lr`` (0: frozen), ``features`` and
+    ``destination_features`` are its distillation terms, ``branches`` its supervision of the other hypotheses by the
+    section ``teacher``. ``test_selected``: also report the epoch of task III that is best on the test split, the
+    official code's habit, beside the honest one.
     """
 
     name: Literal["ppt"]
@@ -135,6 +136,7 @@ class PPT(Section):
     destination_weight: Weight = 1.0
     diversity: Weight = 100.0
     sigma: Annotated[float, Field(gt=0)] = 1.0
+    winners: Positive = 1
     features: Weight = 5.0
     destination_features: Weight = 0.5
     branches: Weight = 0.0

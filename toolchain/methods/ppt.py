@@ -20,6 +20,9 @@ Deliberate deviations, each a key of the config:
 - Any schedule of the section ``train``; the official code has a constant learning rate.
 - Epochs are selected on the validation split, or not at all (``train.select``); the official code selects every stage
   on the test split. ``test_selected`` reports what that habit would have reported of task III.
+- ``winners`` above 1: in IIb the nearest of several candidates learn, their number falling geometrically to 1 over
+  the first 60 % of the training, so that no candidate starves (evolving winner-takes-all: Makansi, Ilg, Cicek, Brox,
+  CVPR 2019, arXiv 1906.03631). The paper has one winner throughout.
 - ``branches``: the path to one further candidate, drawn anew in every step, follows the one that the config's teacher
   predicts for it; the official code leaves the other K - 1 paths without supervision.
 """
@@ -40,6 +43,8 @@ from toolchain.tasks.trajectory_batches import destination_scorer, next_position
 from toolchain.tasks.trajectory_nets import PPT, Destination, Step, shape_of
 from toolchain.train import Run, Score
 
+EVOLVED = 0.6  # share of the training after which one winner is left
+
 
 class NextPosition(Distiller):
     """Task I."""
@@ -56,22 +61,33 @@ class NextPosition(Distiller):
 
 
 class DestinationGuess(Distiller):
-    """Task II; with ``warmup`` the encoder and the input layer do not learn."""
+    """Task II; with ``warmup`` the encoder and the input layer do not learn.
+
+    The ``winners`` nearest candidates learn from each sample at first; their number falls to one geometrically.
+    """
 
     student: Destination
 
-    def __init__(self, student: Destination, weight: float, sigma: float, *, warmup: bool = False) -> None:
+    def __init__(
+        self, student: Destination, weight: float, sigma: float, *, winners: int = 1, warmup: bool = False
+    ) -> None:
         super().__init__()
-        self.student, self.weight, self.sigma = student, weight, sigma
+        self.student, self.weight, self.sigma, self.winners = student, weight, sigma, winners
         for part in (student.inp, student.encoder):
             part.requires_grad_(not warmup)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         track, observe = batch["track"], self.student.shape.observe
         candidates = self.student(track[:, :observe])
-        distance = nearest(candidates, track[:, -1])[0].mean()
+        distances = (candidates - track[:, None, -1]).norm(dim=-1)
+        count = max(1, round(self.winners ** (1 - self.progress / EVOLVED)))
+        distance = distances.topk(count, 1, largest=False).values.mean()
         spread = diversity(candidates, self.sigma)
-        return {"loss": distance + self.weight * spread, "distance": distance, "diversity": spread}
+        return {
+            "loss": distance + self.weight * spread,
+            "distance": distances.min(1).values.mean(),
+            "diversity": spread,
+        }
 
 
 class Complete(Distiller):
@@ -167,7 +183,7 @@ def distill(cfg: Config, run: Run) -> nn.Module:
         distiller = DestinationGuess(destination, *second, warmup=True)
         run.stage("IIa-warmup", distiller, batches, recipe(options.warmup), destination_scorer(run))
     if options.destination.epochs:
-        distiller = DestinationGuess(destination, *second)
+        distiller = DestinationGuess(destination, *second, winners=options.winners)
         run.stage("IIb-destination", distiller, batches, recipe(options.destination), destination_scorer(run))
 
     with run.seeded("complete"):

@@ -2,13 +2,15 @@
 
 A task module offers, with numpy and pydantic alone at import:
 
-- ``HEADLINE`` (name of the main metric), its ``UNIT`` and ``HIGHER_IS_BETTER``;
+- ``HEADLINE`` (name of the main metric), its ``UNIT`` (a unit in the data's info goes before it) and
+  ``HIGHER_IS_BETTER``; optionally ``DIGITS``, the decimals that scores are printed with (default 2);
 - ``DataSection``, ``StudentSection``, ``TeacherSection``: pydantic models of its config sections
   (``TeacherSection`` is None when the method makes its own teacher);
 - ``STAGES``: the stages that run between ``data`` and ``student`` when the config has a teacher section;
 - ``prepare(data_section) -> Data``;
 - ``score(outputs, split) -> {metric: value}``, the headline first, and ``agreement(a, b) -> float`` in [0, 1];
-- ``show(outputs, split, index) -> dict`` for the report's sample pictures;
+- ``show(outputs, split, index) -> dict``, or ``figures(split, outputs) -> [(title, png)]`` with outputs by ``student``
+  and maybe ``teacher``, for the report's sample pictures;
 
 and, importing torch only inside, ``student(config, info)``, ``deploy(model, config, info)`` and a function for each
 of its ``STAGES``.
@@ -108,6 +110,16 @@ def load_task(name: str) -> ModuleType:
         raise EdgestillError(
             f"task {name!r}: no module {target}; one of {', '.join(built_in())}, or a dotted path"
         ) from error
+
+
+def digits_of(task: ModuleType) -> int:
+    """The decimals that scores of ``task`` are printed with."""
+    return int(getattr(task, "DIGITS", 2))
+
+
+def unit_of(task: ModuleType, info: Mapping[str, Any]) -> str:
+    """The unit of the task's headline on data of ``info``; empty when it has none."""
+    return str(info.get("unit", getattr(task, "UNIT", "")))
 
 
 def built_in() -> list[str]:

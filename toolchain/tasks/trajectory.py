@@ -31,6 +31,7 @@ __all__ = ["DataSection", "prepare"]
 HEADLINE = "minADE"
 HIGHER_IS_BETTER = False
 UNIT = "m"
+DIGITS = 3
 STAGES = ("teacher", "predictions")
 DEFAULTS: dict[str, Any] = {
     "export": {
@@ -89,16 +90,19 @@ def _published() -> StudentSection:
 
 
 class TeacherSection(Section):
-    """A PPT that teaches: ``student`` is its network, ``method`` and ``train`` its training on the same data.
+    """A PPT that teaches: ``student`` is its network, ``method`` and ``train`` its training on the same data (default:
+    the published one).
 
     ``folder``: the student artifact of a finished run of ``method: ppt``, on the same data and with the same network,
-    instead of a training.
+    instead of a training. ``versions``: in how many of the five versions of PPT's augmentation, drawn for each training
+    window, the teacher predicts it for the student.
     """
 
     student: StudentSection = Field(default_factory=_published)
-    method: PPT = PPT(name="ppt")
-    train: TrainSection = TrainSection(weight_decay=0.0, batch_size=256)
+    method: PPT | None = None
+    train: TrainSection | None = None
     folder: str | None = None
+    versions: Annotated[int, Field(ge=1, le=5)] = 5
 
     @field_validator("method", mode="before")
     @classmethod
@@ -109,13 +113,12 @@ class TeacherSection(Section):
     def _sound(self) -> TeacherSection:
         if self.student.model != "ppt":
             raise ValueError(f"the teacher is a PPT: expected student.model ppt, found {self.student.model}")
-        if self.method.branches:
-            raise ValueError("method.branches needs a teacher of its own, which a teacher cannot have; set it to 0")
-        if self.train.processes > 1:
-            raise ValueError("train.processes: a teacher trains in one process; or give the folder of a finished run")
-        given = [key for key in ("method", "train") if getattr(self, key) != type(self).model_fields[key].default]
-        if self.folder is not None and given:
+        if self.folder is not None and (self.method or self.train):
             raise ValueError("folder names a finished training: remove method and train, or remove folder")
+        if self.method is not None and self.method.branches:
+            raise ValueError("method.branches needs a teacher of its own, which a teacher cannot have; set it to 0")
+        if self.train is not None and self.train.processes > 1:
+            raise ValueError("train.processes: a teacher trains in one process; or give the folder of a finished run")
         return self
 
 
@@ -166,6 +169,13 @@ def agreement(a: Arrays, b: Arrays) -> float:
     travelled = np.linalg.norm(np.diff(first, axis=2), axis=-1).sum(2).mean()
     near = np.linalg.norm(first - second, axis=-1) <= AGREES_WITHIN * travelled
     return float(near.mean())
+
+
+def figures(split: Split, outputs: Mapping[str, Arrays]) -> list[tuple[str, bytes]]:
+    """The report's pictures of the samples ``split``: title and PNG."""
+    from toolchain.tasks import trajectory_figures
+
+    return trajectory_figures.figures(split, outputs)
 
 
 def files_state(section: Any) -> str | None:

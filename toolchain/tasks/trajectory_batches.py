@@ -36,24 +36,26 @@ def normalised(split: Split, scale: float) -> NDArray[np.float32]:
     return relative
 
 
-def versions(tracks: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(N, T, 2) -> (5, N, T, 2)."""
-    found: NDArray[np.float32] = np.einsum("vij,ntj->vnti", VERSIONS, tracks)
+def versions(tracks: NDArray[np.float32], count: int = len(VERSIONS), seed: int = 0) -> NDArray[np.float32]:
+    """(N, T, 2) -> (count, N, T, 2): ``count`` of the five versions of each track, drawn from ``seed``."""
+    chosen = np.random.default_rng(seed).permuted(np.tile(np.arange(len(VERSIONS)), (len(tracks), 1)), axis=1)
+    found: NDArray[np.float32] = np.einsum("vnij,ntj->vnti", VERSIONS[chosen.T[:count]], tracks)
     return found
 
 
 class TrajectoryBatches(Batches):
     """Batches of ``track`` float32 (B, T, 2), each in a version drawn anew every epoch.
 
-    ``extra`` adds named arrays (5, N, ...) by version and sample, float16 or float32.
+    ``extra`` adds named float32 arrays (V, N, ...) for the ``count`` V versions that ``versions`` gives.
     """
 
-    def __init__(self, run: Run, extra: Mapping[str, Array] | None = None) -> None:
+    def __init__(self, run: Run, count: int = len(VERSIONS), extra: Mapping[str, Array] | None = None) -> None:
         train = run.data.splits["train"]
         super().__init__(len(train), run.cfg.train.batch_size, self.gather, seed=run.cfg.seed)
         self.scale = run.cfg.student.scale_of(run.data.info["unit"])
         self.observe = int(run.data.info["observe"])
-        arrays = {"track": versions(normalised(train, self.scale))} | dict(extra or {})
+        arrays = {"track": versions(normalised(train, self.scale), count)} | dict(extra or {})
+        self.versions = count
         self.arrays = {name: torch.from_numpy(np.array(a)).flatten(0, 1).to(run.device) for name, a in arrays.items()}
         self._drawn: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
 
@@ -61,7 +63,7 @@ class TrajectoryBatches(Batches):
         """The version in which each sample is shown in ``epoch``."""
         if self._drawn[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch, 1))
-            self._drawn = (epoch, rng.integers(len(VERSIONS), size=self.count))
+            self._drawn = (epoch, rng.integers(self.versions, size=self.count))
         return self._drawn[1]
 
     def gather(self, index: NDArray[np.int64], epoch: int) -> dict[str, Tensor]:
@@ -136,4 +138,4 @@ def batches(run: Run, *wanted: str) -> TrajectoryBatches:
     from toolchain.tasks.trajectory_teacher import load_predictions
 
     found = load_predictions(run.inputs["predictions"], run.inputs["data"], run.cfg.section("data", "teacher"))
-    return TrajectoryBatches(run, {name: found[name] for name in wanted})
+    return TrajectoryBatches(run, run.cfg.teacher.versions, {name: found[name] for name in wanted})

@@ -14,13 +14,14 @@ from toolchain.artifact import ArtifactError, EdgestillError, create, is_whole, 
 from toolchain.checkpoint import save_tensors
 from toolchain.config import validate
 from toolchain.stage import Job, console, progress
-from toolchain.tasks import load_data, trajectory
+from toolchain.tasks import load_data, trajectory, unit_of
 from toolchain.tasks.backbones import WEIGHTS
 from toolchain.tasks.nets import count_parameters
-from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, VERSIONS, normalised
+from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, normalised
 from toolchain.tasks.trajectory_batches import versions as versions_of
 
 FIELDS = ("paths", "feature")
+PUBLISHED = {"weight_decay": 0.0, "batch_size": 256, "schedule": "constant", "warmup": 0.0}
 
 
 class TeacherError(EdgestillError):
@@ -40,8 +41,8 @@ def teach(job: Job) -> None:
         net, val, log, stages = _finished(Path(section.folder), section, job)
     else:
         config = {key: job.config[key] for key in ("seed", "task", "data")}
-        inner = section.model_dump(mode="json", exclude={"folder"})
-        cfg = validate({"name": "teacher"} | config | inner)
+        inner = section.model_dump(mode="json", include={"student", "method", "train"}, exclude_none=True)
+        cfg = validate({"name": "teacher", "method": "ppt", "train": PUBLISHED} | config | inner)
         trained = train_student(cfg, data, {"data": job.inputs["data"]}, job.work)
         net, val, log, stages = trained.student, trained.val, read_metrics(trained.run), trained.run.records
     if not PartialState().is_main_process:
@@ -53,7 +54,8 @@ def teach(job: Job) -> None:
         draft.metrics = {"val": val}
         draft.versions = versions("torch", "accelerate", "safetensors", "numpy")
         draft.extra = {"info": data.info, "parameters": count_parameters(net), "stages": stages}
-    shown = ", ".join(f"{name} {value:.3f}" for name, value in list(val.items())[:2])
+    unit = unit_of(trajectory, data.info)
+    shown = ", ".join(f"{name} {value:.{trajectory.DIGITS}f} {unit}" for name, value in list(val.items())[:2])
     console.print(f"    teacher: {count_parameters(net):,} parameters, validation {shown}", markup=False)
 
 
@@ -88,26 +90,24 @@ def _finished(folder: Path, section: Any, job: Job) -> tuple[Any, dict[str, floa
 
 
 def predictions(job: Job) -> None:
-    """Stage ``predictions``: ``paths`` (5, N, K, T_p, 2) float32 scaled and ``feature`` (5, N, d) of each version."""
+    """Stage ``predictions``: ``paths`` (V, N, K, T_p, 2) float32 scaled and ``feature`` (V, N, d) of each version."""
     from accelerate import PartialState
 
     section = trajectory.TeacherSection.model_validate(job.config["teacher"])
     train = load_data(job.inputs["data"]).splits["train"]
     net, device = trajectory.load_teacher(job.inputs["teacher"]).to(PartialState().device), PartialState().device
     info = load_data(job.inputs["data"]).info
-    tracks = versions_of(normalised(train, section.student.scale_of(info["unit"])))
+    tracks = versions_of(normalised(train, section.student.scale_of(info["unit"])), section.versions)
     observe, count = int(info["observe"]), len(train)
     size = EVALUATION_BATCH.get(device.type, 1024)
     with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
         shapes = {"paths": (section.student.hypotheses, int(info["predict"]), 2), "feature": (section.student.width,)}
         files = {
-            name: np.lib.format.open_memmap(
-                draft.path / f"{name}.npy", "w+", np.float32, (len(VERSIONS), count, *shape)
-            )
+            name: np.lib.format.open_memmap(draft.path / f"{name}.npy", "w+", np.float32, (len(tracks), count, *shape))
             for name, shape in shapes.items()
         }
-        with torch.inference_mode(), progress("the teacher's predictions", len(VERSIONS) * count) as bar:
-            for version in range(len(VERSIONS)):
+        with torch.inference_mode(), progress("the teacher's predictions", len(tracks) * count) as bar:
+            for version in range(len(tracks)):
                 for start in range(0, count, size):
                     observed = torch.from_numpy(tracks[version, start : start + size, :observe]).to(device)
                     feature = net.destination.feature(observed)  # type: ignore[operator, union-attr]
