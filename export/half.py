@@ -58,34 +58,34 @@ def _constants(model: Any) -> set[str]:
     return names | {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
 
 
-def _near(model: Any, inputs: Iterable[str]) -> tuple[set[str], set[str]]:
-    """Nodes that only cast, normalise or move the graph's ``inputs``, and all values that are no more than that."""
-    constants, found, near = _constants(model), set[str](), set(inputs)
-    for node in model.graph.node:
-        read = set(node.input) - constants
-        if node.op_type in _LIGHT and read and read <= near:
-            found.add(node.name)
-            near |= set(node.output)
-    return found, near
-
-
 def measured(model: Any) -> set[str]:
-    """Names of the convolutions and matrix products that read a float graph input, but for casts and scaling.
+    """Names of the convolutions and matrix products that read a float graph input, but for casts, scaling and joining.
 
     Eight bits are all that a pixel has; of a position in metres they leave centimetres.
     """
     import onnx
 
-    floats = [v.name for v in model.graph.input if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT]
     constants = _constants(model)
-    _, near = _near(model, set(floats) - constants)
-    return {n.name for n in model.graph.node if n.op_type in COMPUTE and near.intersection(set(n.input) - constants)}
+    near = {v.name for v in model.graph.input if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT} - constants
+    found = set[str]()
+    for node in model.graph.node:
+        read = set(node.input) - constants
+        if node.op_type in COMPUTE and near.intersection(node.input[:2]):  # the third is a bias
+            found.add(node.name)
+        elif node.op_type in _LIGHT and read and (read <= near or (node.op_type == "Concat" and read & near)):
+            near |= set(node.output)
+    return found
 
 
 def edges(model: Any) -> set[str]:
     """Names of the nodes at the graph's two ends that only cast, normalise, move or decode values."""
-    nodes = list(model.graph.node)
-    found, _ = _near(model, {value.name for value in model.graph.input} - _constants(model))
+    nodes, constants, found = list(model.graph.node), _constants(model), set[str]()
+    near = {value.name for value in model.graph.input} - constants
+    for node in nodes:
+        read = set(node.input) - constants
+        if node.op_type in _LIGHT and read and read <= near:
+            found.add(node.name)
+            near |= set(node.output)
     far = {value.name for value in model.graph.output}
     used: dict[str, list[str]] = {}
     for node in reversed(nodes):

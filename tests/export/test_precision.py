@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 
 from export import precision
-from export.half import PrecisionError, edges, emulated_half, to_half
+from export.half import PrecisionError, edges, emulated_half, measured, to_half
 from export.precision import Gate, float_compute, half_with_islands, to_dynamic_int8, to_int8
 from export.verify import ParityError
 from toolchain import artifact
@@ -213,7 +213,9 @@ def test_a_mask_before_softmax_is_not_quantised() -> None:
     from onnx import TensorProto, helper, numpy_helper
 
     nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["scores"], "scores"),
+        helper.make_node("MatMul", ["x", "w"], ["first"], "first"),
+        helper.make_node("Tanh", ["first"], ["tokens"], "tanh"),
+        helper.make_node("MatMul", ["tokens", "w"], ["scores"], "scores"),
         helper.make_node("Add", ["scores", "mask"], ["masked"], "mask"),
         helper.make_node("Softmax", ["masked"], ["weights"], "softmax"),
         helper.make_node("MatMul", ["weights", "w"], ["y"], "values"),
@@ -234,8 +236,50 @@ def test_a_mask_before_softmax_is_not_quantised() -> None:
     expected = session(model)(feeds)["y"]
     for kind in ("int8-cpu", "int8-trt"):
         made = to_int8(model, kind, Split(feeds, ("x", "mask")))
-        assert float_compute(made, kind) == []
+        assert float_compute(made, kind) == ["first"]
         np.testing.assert_allclose(session(made)(feeds)["y"], expected, atol=0.1)
+
+
+def positions_graph() -> Any:
+    """x (n, 4, 2) float -> minus its last row, halved -> MatMul -> Relu -> MatMul: a network that reads positions."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    values: dict[str, Any] = {"half": np.float32(0.5), "w0": rng.normal(size=(2, 8)), "w1": rng.normal(size=(8, 3))}
+    values = {name: np.asarray(value, np.float32) for name, value in values.items()}
+    values |= {"from": np.array([-1]), "to": np.array([9]), "axis": np.array([1])}
+    nodes = [
+        helper.make_node("Slice", ["x", "from", "to", "axis"], ["last"]),
+        helper.make_node("Sub", ["x", "last"], ["relative"]),
+        helper.make_node("Mul", ["relative", "half"], ["scaled"]),
+        helper.make_node("MatMul", ["scaled", "w0"], ["a"], "first"),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "w1"], ["y"], "second"),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "positions",
+        [value("x", TensorProto.FLOAT, ["n", 4, 2])],
+        [value("y", TensorProto.FLOAT, ["n", 4, 3])],
+        [numpy_helper.from_array(array, name) for name, array in values.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("kind", ["int8-cpu", "int8-trt"])
+def test_what_reads_a_measured_input_stays_float_and_what_reads_pixels_does_not(kind: str, make_model: Model) -> None:
+    model = positions_graph()
+    assert measured(model) == {"first"}
+    assert measured(make_model()) == set()
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(32, 4, 2)).astype(np.float32)
+    x[:, 0] += rng.choice([0.0, 300.0], (32, 1)).astype(np.float32)  # eight bits of this range would leave metres
+    made = to_int8(model, kind, Split({"x": x}, ("x",)))
+    assert float_compute(made, kind) == ["first"]
+    near = np.zeros((1, 4, 2), np.float32)
+    step = near + np.float32(0.5) * np.eye(4, 2, dtype=np.float32)
+    assert not np.array_equal(session(made)({"x": near})["y"], session(made)({"x": step})["y"])
 
 
 def test_dynamic_int8_of_layers_that_share_a_weight() -> None:

@@ -234,6 +234,41 @@ def test_best_epoch_is_selected_by_the_first_score_in_the_tasks_direction(tmp_pa
         train(tiny_run(tmp_path / "none"), score=False, select="best")
 
 
+@pytest.mark.parametrize(("every", "epochs", "due"), [(2, 5, [2, 4, 5]), (3, 6, [3, 6]), (9, 4, [4])])
+@pytest.mark.parametrize("select", ["best", "last"])
+def test_the_validation_split_is_scored_every_few_epochs_and_always_at_the_end(tmp_path, every, epochs, due, select):
+    run = tiny_run(tmp_path, train={"epochs": epochs, "score_every": every, "select": select})
+    run.task.HIGHER_IS_BETTER = False
+    states = []
+
+    def score(module):
+        states.append(weights(module))
+        return {"error": float(len(states))}  # the first one is the best
+
+    result = run.stage("s", Plain(student()), run.batches(), run.cfg.train, score)
+    assert [line["epoch"] for line in lines(run) if line["val"]] == due
+    assert run.records[0]["best_epoch"] == (due[0] if select == "best" else epochs)
+    assert run.records[0]["val"] == {"error": 1.0 if select == "best" else float(len(due))}
+    assert same(states[0 if select == "best" else -1], weights(result))
+
+
+def test_watched_scores_are_logged_and_select_nothing(tmp_path):
+    def distil(name, watch):
+        run = tiny_run(tmp_path / name, train={"epochs": 4, "score_every": 2, "select": "best"})
+        values = iter([70.0, 60.0])
+        result = run.stage(
+            "s", Plain(student()), run.batches(), run.cfg.train, lambda module: {"accuracy": next(values)}, watch
+        )
+        return run, weights(result)
+
+    seen = iter([10.0, 20.0])
+    run, found = distil("watched", {"other": lambda module: {"share": next(seen)}})
+    assert same(found, distil("alone", None)[1])
+    assert [line.get("other") for line in lines(run)] == [None, {"share": 10.0}, None, {"share": 20.0}]
+    assert run.records[0]["best_epoch"] == 2
+    assert run.records[0]["watched"] == {"other": {"epoch": 4, "scores": {"share": 20.0}}}
+
+
 def test_accumulated_micro_batches_equal_one_large_batch(tmp_path):
     class Linear(Plain):
         def __init__(self, module):

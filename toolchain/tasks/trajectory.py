@@ -117,9 +117,15 @@ class TeacherSection(Section):
             raise ValueError("folder names a finished training: remove method and train, or remove folder")
         if self.method is not None and self.method.branches:
             raise ValueError("method.branches needs a teacher of its own, which a teacher cannot have; set it to 0")
+        if self.method is not None and self.method.winners > self.student.hypotheses:
+            raise ValueError(_too_many(self.method, self.student))
         if self.train is not None and self.train.processes > 1:
             raise ValueError("train.processes: a teacher trains in one process; or give the folder of a finished run")
         return self
+
+
+def _too_many(method: PPT, student: StudentSection) -> str:
+    return f"method.winners: expected at most the {student.hypotheses} hypotheses, found {method.winners}"
 
 
 def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
@@ -133,6 +139,8 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
         )
     if name == "ppt" and student.model != "ppt":
         faults.append((("student", "model"), f"method ppt trains the network ppt, found {student.model}"))
+    if name == "ppt" and method.winners > student.hypotheses:
+        faults.append((("method", "winners"), _too_many(method, student)))
     if name == "ppt" and bool(method.branches) != (teacher is not None):
         message = "method ppt has a teacher if and only if method.branches is above 0; add or remove one of them"
         faults.append((("teacher",), message))

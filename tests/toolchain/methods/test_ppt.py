@@ -102,6 +102,17 @@ def test_task_2_equals_a_naive_double_loop(weight, sigma):
     assert np.mean(spread) > 1e-4, "the second term was not tested"
 
 
+def test_winners_fall_geometrically_to_one_and_the_nearest_is_what_is_shown():
+    net, track = shaken(Destination(Step(shape()))), tracks(6)
+    distances = (net(track[:, :OBSERVE]) - track[:, None, -1]).norm(dim=-1).sort(1).values
+    made = method.DestinationGuess(net, 0.0, 1.0, winners=4)
+    for progress, count in ((0.0, 4), (0.2, 3), (0.3, 2), (0.6, 1), (0.99, 1)):
+        made.progress = progress
+        found = made({"track": track})
+        assert found["loss"].item() == pytest.approx(distances[:, :count].mean().item()), progress
+        assert found["distance"].item() == pytest.approx(distances[:, 0].mean().item())
+
+
 def test_task_3_is_composed_as_specified():
     made, batch = complete(features=5.0, destination_features=0.5, destination_weight=2.0)
     made.eval()

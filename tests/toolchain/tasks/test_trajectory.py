@@ -88,6 +88,8 @@ def test_networks_that_make_no_sense_are_refused(keys: dict[str, Any], message: 
         ({"folder": "runs/ppt/student", "train": {"epochs": 3}}, "remove method and train, or remove folder"),
         ({"method": {"name": "plain"}}, "ppt"),
         ({"train": {"processes": 2}}, "processes"),
+        ({"student": {"model": "ppt", "hypotheses": 5}, "method": {"winners": 6}}, "at most the 5 hypotheses, found 6"),
+        ({"versions": 6}, "versions"),
     ],
 )
 def test_teachers_that_make_no_sense_are_refused(keys: dict[str, Any], message: str) -> None:
@@ -116,6 +118,7 @@ def fault(path: Path, *overrides: str) -> str:
         ("trajectory_demo", ["method=prockd"], "method", "prockd is for pictures; for trajectories choose ppt or"),
         ("trajectory_demo", ["method=plain", "teacher=null"], "method", "choose ppt or ppt_student"),
         ("ppt", ["student.model=one_shot"], "student.model", "trains the network ppt, found one_shot"),
+        ("ppt", ["method.winners=21"], "method.winners", "at most the 20 hypotheses, found 21"),
         ("ppt", ["method.branches=1"], "teacher", "if and only if method.branches is above 0"),
         ("ppt", ["teacher.folder=runs/a/student"], "teacher", "if and only if method.branches is above 0"),
         ("trajectory_demo", ["teacher=null"], "teacher", "add a teacher section, or set all its weights but truth"),

@@ -37,11 +37,14 @@ def test_the_last_observed_position_is_the_origin() -> None:
 
 
 def test_the_five_versions_are_rotations_and_a_mirror_and_keep_all_distances() -> None:
-    tracks = normalised(walks(4), 30.0)
+    tracks = normalised(walks(30), 30.0)
     found = versions(tracks)
     x, y = tracks[..., 0], tracks[..., 1]
-    for version, expected in zip(found, [(x, y), (-y, x), (-x, -y), (y, -x), (-x, y)], strict=True):
-        np.testing.assert_array_equal(version, np.stack(expected, -1))
+    every = [np.stack(pair, -1) for pair in [(x, y), (-y, x), (-x, -y), (y, -x), (-x, y)]]
+    drawn = [[next(k for k in range(5) if np.array_equal(every[k][i], v[i])) for v in found] for i in range(30)]
+    assert all(sorted(row) == [0, 1, 2, 3, 4] for row in drawn), "a version is missing"
+    assert {row[0] for row in drawn} == {0, 1, 2, 3, 4}, "the first is not drawn"
+    np.testing.assert_array_equal(versions(tracks, 2), found[:2])
     for version in found:
         for i in range(STEPS):
             for j in range(i):
@@ -66,13 +69,14 @@ def test_every_epoch_shows_every_window_once_in_a_version_drawn_anew(run: Run) -
 
 
 def test_what_the_teacher_says_comes_in_the_version_that_is_shown(run: Run) -> None:
-    values = np.arange(5 * 24, dtype=np.float16).reshape(5, 24, 1)
-    batches = TrajectoryBatches(run, {"feature": values})
+    values = np.arange(3 * 24, dtype=np.float32).reshape(3, 24, 1)
+    batches = TrajectoryBatches(run, 3, {"feature": values})
     for batch in batches.epoch(3):
         assert batch["feature"].dtype == torch.float32
     order = batches.order(3)
     found = torch.cat([batch["feature"] for batch in batches.epoch(3)])[:, 0].numpy()
     np.testing.assert_array_equal(found, batches.version_of(3)[order] * 24 + order)
+    assert set(batches.version_of(3)) == {0, 1, 2}
 
 
 def test_only_what_a_teacher_has_can_be_wanted(run: Run) -> None:

@@ -1,0 +1,105 @@
+"""PPT and the student that ships as ONNX graphs, against torch, and their int8 graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.half import COMPUTE, measured
+from export.onnx import call_torch, run
+from export.precision import run as make_precise
+from tests.toolchain.methods.walks import INFO, NET, OBSERVE, data, shaken, walks
+from toolchain import artifact
+from toolchain.checkpoint import save_tensors
+from toolchain.config import validate
+from toolchain.runtime import Runtime, load
+from toolchain.stage import Job
+from toolchain.tasks import save_data, trajectory
+from toolchain.tasks.trajectory_nets import build
+
+
+@pytest.fixture(scope="module", params=["ppt", "one_shot"])
+def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The data, student and onnx artifacts of a network whose weights are all drawn anew."""
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    section = trajectory.StudentSection(model=request.param, **NET)
+    net = shaken(build(section, INFO, 0)).float()
+    with artifact.create(folder / "data", stage="data", config={}) as draft:
+        save_data(draft.path, data())
+    config = {"task": "trajectory", "student": section.model_dump(mode="json")}
+    with artifact.create(folder / "student", stage="student", config=config) as draft:
+        save_tensors(draft.path / "model.safetensors", net.state_dict())
+        draft.extra = {"info": INFO}
+    job = {"task": "trajectory", "which": "student", "export": settings()}
+    run(Job("onnx", folder / "onnx", job, {"model": folder / "student", "data": folder / "data"}))
+    return folder
+
+
+def settings() -> dict[str, Any]:
+    """The export section with the task's own limits."""
+    values: dict[str, Any] = {"name": "a", "task": "trajectory", "data": {"source": "simulator"}}
+    values |= {"method": {"name": "ppt_student", "paths": 0, "destinations": 0, "features": 0}}
+    return validate(values).section("export")["export"]  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def graph(root: Path) -> Iterator[Runtime]:
+    with load(root / "onnx") as model:
+        yield model
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_the_graph_says_what_torch_says_for_any_number_of_pedestrians(root: Path, graph: Runtime, count: int) -> None:
+    observed = walks(count, 5).arrays["observed"]
+    net = trajectory.load_student(root / "student")
+    expected = call_torch(trajectory.deploy(net, artifact.read(root / "student").config, INFO))({"observed": observed})
+    found = graph({"observed": observed})
+    assert list(found) == ["trajectories", "probability"]
+    for name, value in expected.items():
+        assert found[name].shape == value.shape
+        assert np.abs(found[name] - value).max() < 1e-4, name
+    assert np.abs(found["trajectories"][:, :, 0] - observed[:, None, -1]).max() > 0.01, "nothing moves"
+
+
+def test_coordinates_are_the_worlds_own(graph: Runtime) -> None:
+    observed = walks(9, 6).arrays["observed"]
+    there = np.array([64.0, -32.0], np.float32)
+    here, moved = graph({"observed": observed}), graph({"observed": observed + there})
+    np.testing.assert_allclose(moved["trajectories"], here["trajectories"] + there, atol=1e-3)
+    np.testing.assert_allclose(moved["probability"], here["probability"], atol=1e-4)
+    np.testing.assert_allclose(here["probability"].sum(1), 1, atol=1e-6)
+    assert (here["probability"] >= 0).all()
+
+
+def test_the_ports_tell_the_unit_and_the_steps(root: Path) -> None:
+    manifest = artifact.verify(root / "onnx")
+    assert manifest.inputs_ports[0].shape == ("batch", OBSERVE, 2)
+    assert [(port.name, port.unit) for port in manifest.outputs_ports] == [
+        ("trajectories", "m"),
+        ("probability", "0..1"),
+    ]
+    assert "every 0.4 s" in manifest.inputs_ports[0].meaning
+    assert manifest.extra["verify"]["metric"] == "minADE"
+
+
+@pytest.mark.parametrize("precision", ["int8-cpu", "int8-trt"])
+def test_positions_are_read_in_float_where_the_rest_is_int8(root: Path, precision: str, tmp_path: Path) -> None:
+    import onnx
+
+    loose = {"limits": {precision: {"metric_drop": 1e6}}, "samples": 10}
+    config = {"task": "trajectory", "precision": precision, "export": settings() | {"parity": loose}}
+    job = Job("onnx-" + precision, tmp_path / precision, config, {"onnx": root / "onnx", "data": root / "data"})
+    make_precise(job)
+    manifest = artifact.verify(job.out)
+    first, floats = measured(onnx.load(root / "onnx" / "model.onnx")), set(manifest.extra["float_nodes"])
+    assert len(first) == (2 if root.name.startswith("ppt") else 1), "an input layer for each of PPT's two predictors"
+    assert first <= floats
+    compute = [node for node in onnx.load(job.out / "model.onnx").graph.node if node.op_type in COMPUTE]
+    assert len(floats) < len(compute) / 2
+    with load(job.out) as model:
+        found = model({"observed": walks(3, 7).arrays["observed"]})
+    assert np.isfinite(found["trajectories"]).all()
