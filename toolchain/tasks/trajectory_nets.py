@@ -92,8 +92,9 @@ class Encoder(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            nn.init.normal_(block.attention.out.weight, std=0.02 / math.sqrt(2 * depth))
+        for module in self.modules():
+            if isinstance(module, Attention):
+                nn.init.normal_(module.out.weight, std=0.02 / math.sqrt(2 * depth))
 
     def forward(self, tokens: Tensor, positions: Sequence[int], causal: bool, keep: slice = EVERY) -> Tensor:
         x = self.drop(tokens + self.place.weight[list(positions)])
