@@ -4,7 +4,7 @@
     python -m benchmarks.tables [--check] [--results benchmarks/results] README.md ...
 
 Between ``<!-- results:<name> -->`` and ``<!-- /results -->`` a document holds the table of ``<name>.jsonl``, a study,
-or of ``<name>.json``: a run's summary, or what ``benchmarks.overhead`` or ``benchmarks.distillation`` measured.
+or of ``<name>.json``: a run's summary, or what ``benchmarks.overhead``, ``.distillation`` or ``.ppt`` measured.
 """
 
 from __future__ import annotations
@@ -165,9 +165,49 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
             for row in value["results"]
         ]
         return f"{markdown(title, body, right=title[1:])}\np50, batch 1, {device(value['environment'])}.\n"
+    if "training" in value and "inference" in value:
+        return _ppt_tables(value)
     if "rows" in value:
         return summary_markdown(value)
-    raise TableError(f"{what}: neither a summary nor a measurement of benchmarks.overhead or benchmarks.distillation")
+    raise TableError(f"{what}: neither a summary nor a measurement of benchmarks.overhead, .distillation or .ppt")
+
+
+def _ppt_tables(value: Mapping[str, Any]) -> str:
+    plan, noisy = value["plan"], False
+
+    def marked(text: str, row: Mapping[str, Any]) -> str:
+        nonlocal noisy
+        noisy |= row["spread"] > NOISY
+        return f"{text} ~" if row["spread"] > NOISY else text
+
+    title = ["a step of task III", "", "samples/s", "speed-up", "multiply-adds a sample"]
+    body = [
+        [
+            *(row["network"], row["way"], marked(f"{row['samples_per_second']:.0f}", row)),
+            *(times(row["speed_up"]), count(row["multiply_adds_per_sample"])),
+        ]
+        for row in value["training"]
+    ]
+    text = markdown(title, body, right=title[2:])
+    crowds = [f"p50 ms, {n} pedestrian{'s' * (n > 1)}" for n in plan["pedestrians"]]
+    title = ["prediction", "", "parameters", "multiply-adds", *crowds]
+    body = [
+        [
+            *(row["network"], row["runtime"], count(row["parameters"]), count(row["multiply_adds"])),
+            *(marked(ms(one["p50_ms"]), one) for one in row["pedestrians"].values()),
+        ]
+        for row in value["inference"]
+    ]
+    text += "\n" + markdown(title, body, right=title[2:])
+    where, threads = value["environment"], value["environment"]["threads"]
+    note = (
+        f"Medians of {plan['rounds']} interleaved rounds, {threads} threads, {device(where)}; batches of "
+        f"{plan['batch']} samples; fresh weights, on which speed does not depend. Multiply-adds: forward and backward "
+        "for a step, of one pedestrian for a prediction."
+    )
+    if noisy:
+        note += f" ~ noisy: rounds lie more than {NOISY:.0%} apart."
+    return f"{text}\n{note}\n"
 
 
 def _distillation_cells(name: str, row: Mapping[str, Any]) -> list[str]:

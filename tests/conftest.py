@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,3 +17,11 @@ def data_root() -> Path:
     if not root or not Path(root).is_dir():
         pytest.skip("EDGESTILL_DATA is not set to a data folder")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def exported_tracks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run folder (data, student, onnx) of a tiny ``ppt`` or ``one_shot``, exported once for all tests."""
+    from tests.toolchain.methods.walks import write_exported
+
+    return cache(lambda model: write_exported(tmp_path_factory.mktemp(model), model))

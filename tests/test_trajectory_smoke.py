@@ -21,13 +21,14 @@ NETWORK = "{model: %s, hypotheses: 5, width: 8, depth: 1, heads: 2}"
 SMALL = [
     *("data.recordings=1", "data.train_samples=200", f"teacher.student={NETWORK % 'ppt'}", "teacher.method.winners=5"),
     *(f"teacher.method.{task}.epochs=1" for task in ("step", "warmup", "destination", "complete")),
+    "compile.precisions=[int8-trt]",
     *(f"student={NETWORK % 'one_shot'}", "train.epochs=2", "train.threads=1", "bench.batches=[1, 4]"),
     *("bench.seconds=0.1", "bench.rounds=2", "bench.warmup_ms=20", "bench.paced_seconds=0.2", "bench.paced_fps=30"),
     *("compile.batch.max=16", "export.calibration.samples=64"),
     "export.parity.limits={int8-cpu: {metric_drop: 5}, int8-trt: {metric_drop: 5}}",
 ]
 STAGES = ["data", "teacher", "predictions", "student", "onnx-teacher", "onnx", "onnx-fp16", "onnx-int8-cpu"]
-STAGES += ["onnx-int8-trt", "engine-sm_86-fp16", "engine-sm_86-int8-trt", "bench", "report"]
+STAGES += ["onnx-int8-trt", "engine-sm_86-int8-trt", "bench", "report"]
 
 
 def edgestill(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,12 +71,10 @@ def test_every_stage_left_a_verified_artifact(root: Path, stages: list[str]) -> 
     assert not (root / ".work").exists()
 
 
-def test_a_second_run_reuses_everything(root: Path, settings: list[str], stages: list[str]) -> None:
+def test_a_second_run_reuses_everything(root: Path, settings: list[str]) -> None:
     reply = edgestill("run", str(DEMO), *settings, "--out", str(root))
     assert reply.returncode == 0, reply.stderr
     assert "already complete: every stage was reused" in reply.stderr
-    reply = edgestill("run", str(DEMO), *settings, "--out", str(root), "--dry-run", "--json")
-    assert json.loads(reply.stdout)["stages"] == dict.fromkeys(stages, "fresh")
 
 
 def test_the_ledger_scores_the_teacher_first_and_loses_little_on_the_way(root: Path) -> None:
@@ -158,23 +157,13 @@ def test_a_wrong_key_ends_with_exit_code_2_and_its_remedy(settings: list[str], t
     assert "student.hypotheses: expected the teacher's 5 hypotheses, found 6" in reply.stderr
 
 
-def test_a_failed_gate_fails_the_command(root: Path, settings: list[str], tmp_path: Path) -> None:
-    shutil.copytree(root, tmp_path / "run")
-    limits = "export.parity.limits={fp16: {max_difference: 1.0e-12}}"
-    reply = edgestill("run", str(DEMO), *settings, limits, "--out", str(tmp_path / "run"))
-    assert reply.returncode == 1
-    assert "max_difference of trajectories" in reply.stderr
-    assert "Traceback" not in reply.stderr
-
-
 def test_a_broken_track_file_is_named_with_its_line(tmp_path: Path) -> None:
     lines = [f"{10 * frame} 1 {0.4 * frame:.2f} 2.0" for frame in range(200)]
     lines[7] = "70 1 2,80 2.0"
     (tmp_path / "tracks.txt").write_text("\n".join(lines) + "\n")
     source = f"data={{source: files, path: {tmp_path / 'tracks.txt'}}}"
-    for flag in (["--dry-run"], []):
-        reply = edgestill("run", str(DEMO), source, "--out", str(tmp_path / "run"), *flag)
-        assert reply.returncode == 1, reply.stderr
-        assert f"{tmp_path / 'tracks.txt'}:8: expected" in reply.stderr
-        assert "Traceback" not in reply.stderr
+    reply = edgestill("run", str(DEMO), source, "--out", str(tmp_path / "run"))
+    assert reply.returncode == 1, reply.stderr
+    assert f"{tmp_path / 'tracks.txt'}:8: expected" in reply.stderr
+    assert "Traceback" not in reply.stderr
     assert not (tmp_path / "run" / "data").exists()

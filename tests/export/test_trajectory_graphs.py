@@ -2,48 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from export.half import COMPUTE, measured
-from export.onnx import call_torch, run
+from export.onnx import call_torch
 from export.precision import run as make_precise
-from tests.toolchain.methods.walks import INFO, NET, OBSERVE, data, shaken, walks
+from tests.toolchain.methods.walks import EXPORT, INFO, OBSERVE, walks
 from toolchain import artifact
-from toolchain.checkpoint import save_tensors
-from toolchain.config import validate
 from toolchain.runtime import Runtime, load
 from toolchain.stage import Job
-from toolchain.tasks import save_data, trajectory
-from toolchain.tasks.trajectory_nets import build
+from toolchain.tasks import trajectory
 
 
-@pytest.fixture(scope="module", params=["ppt", "one_shot"])
-def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The data, student and onnx artifacts of a network whose weights are all drawn anew."""
-    folder: Path = tmp_path_factory.mktemp(request.param)
-    section = trajectory.StudentSection(model=request.param, **NET)
-    net = shaken(build(section, INFO, 0)).float()
-    with artifact.create(folder / "data", stage="data", config={}) as draft:
-        save_data(draft.path, data())
-    config = {"task": "trajectory", "student": section.model_dump(mode="json")}
-    with artifact.create(folder / "student", stage="student", config=config) as draft:
-        save_tensors(draft.path / "model.safetensors", net.state_dict())
-        draft.extra = {"info": INFO}
-    job = {"task": "trajectory", "which": "student", "export": settings()}
-    run(Job("onnx", folder / "onnx", job, {"model": folder / "student", "data": folder / "data"}))
-    return folder
-
-
-def settings() -> dict[str, Any]:
-    """The export section with the task's own limits."""
-    values: dict[str, Any] = {"name": "a", "task": "trajectory", "data": {"source": "simulator"}}
-    values |= {"method": {"name": "ppt_student", "paths": 0, "destinations": 0, "features": 0}}
-    return validate(values).section("export")["export"]  # type: ignore[no-any-return]
+@pytest.fixture(params=["ppt", "one_shot"])
+def root(request: pytest.FixtureRequest, exported_tracks: Callable[[str], Path]) -> Path:
+    return exported_tracks(request.param)
 
 
 @pytest.fixture
@@ -91,7 +68,7 @@ def test_positions_are_read_in_float_where_the_rest_is_int8(root: Path, precisio
     import onnx
 
     loose = {"limits": {precision: {"metric_drop": 1e6}}, "samples": 10}
-    config = {"task": "trajectory", "precision": precision, "export": settings() | {"parity": loose}}
+    config = {"task": "trajectory", "precision": precision, "export": EXPORT | {"parity": loose}}
     job = Job("onnx-" + precision, tmp_path / precision, config, {"onnx": root / "onnx", "data": root / "data"})
     make_precise(job)
     manifest = artifact.verify(job.out)

@@ -12,10 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toolchain import artifact
+from toolchain.checkpoint import save_tensors
 from toolchain.config import Config, validate
+from toolchain.stage import Job
 from toolchain.tasks import Data, Split, save_data
+from toolchain.tasks.trajectory import DEFAULTS, StudentSection
 from toolchain.tasks.trajectory_batches import TrajectoryBatches
-from toolchain.tasks.trajectory_nets import PPT, Destination, Shape, Step
+from toolchain.tasks.trajectory_nets import PPT, Destination, Shape, Step, build
 from toolchain.train import Run
 
 OBSERVE, PREDICT, K, WIDTH = 8, 12, 4, 8
@@ -26,6 +29,12 @@ INFO: dict[str, Any] = {
     "observe": OBSERVE,
     "predict": PREDICT,
     "seconds_per_step": 0.4,
+}
+EXPORT: dict[str, Any] = {
+    "opset": 20,
+    "dynamic_int8": False,
+    "calibration": {"samples": 24, "method": "minmax"},
+    "parity": {"samples": 10, "limits": DEFAULTS["export"]["parity"]["limits"]},
 }
 NET: dict[str, Any] = {"hypotheses": K, "width": WIDTH, "depth": 2, "heads": 2}
 ONE = {"epochs": 1, "lr": 1e-2}
@@ -57,6 +66,21 @@ def write_data(folder: Path, seed: int = 0) -> Path:
     made.splits["train"] = walks(24, seed)
     with artifact.create(folder, stage="data", config={}) as draft:
         save_data(draft.path, made)
+    return folder
+
+
+def write_exported(folder: Path, model: str) -> Path:
+    """The artifacts data, student and onnx of a network whose weights are all drawn anew."""
+    from export.onnx import run
+
+    section = StudentSection(model=model, **NET)
+    write_data(folder / "data")
+    config = {"task": "trajectory", "student": section.model_dump(mode="json")}
+    with artifact.create(folder / "student", stage="student", config=config) as draft:
+        save_tensors(draft.path / "model.safetensors", shaken(build(section, INFO, 0)).float().state_dict())
+        draft.extra = {"info": INFO}
+    how = {"task": "trajectory", "which": "student", "export": EXPORT}
+    run(Job("onnx", folder / "onnx", how, {"model": folder / "student", "data": folder / "data"}))
     return folder
 
 
