@@ -166,11 +166,12 @@ def scalars(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tupl
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Scalars by what they tell: validation, losses, accuracies while training, prototypes, and the rest."""
+    """Scalars by what they tell: validation, losses, training accuracies, coefficients, prototypes, and the rest."""
     found: dict[str, list[str]] = {
         "validation": [],
         "losses": [],
         "training accuracy": [],
+        "coefficient": [],
         "prototypes": [],
         "other": [],
     }
@@ -178,6 +179,8 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
         words = set(name.lower().replace("_", " ").replace("/", " ").split())
         if "val" in words:
             key = "validation"
+        elif "coefficient" in words:
+            key = "coefficient"
         elif words & {"prototype", "prototypes", "perplexity", "usage", "entropy"}:
             key = "prototypes"
         elif words & {"accuracy", "acc", "agreement"}:
@@ -216,7 +219,7 @@ def training(curves: Mapping[str, Sequence[tuple[float, float]]], axis: str) -> 
             axes = figure.add_subplot(rows, columns, number + 1)
             for index, name in enumerate(sorted(names, key=lambda n: (n != "loss", n))):
                 x, y = np.array(curves[name]).T
-                style = "." if len(x) == 1 else "-"
+                style = "." if len(x) == 1 else ".-" if len(x) <= 5 else "-"
                 label = name.removeprefix("val ") if title == "validation" else name
                 axes.plot(x, y, style, color=COLOURS[index % len(COLOURS)], linewidth=1.4, label=label)
             values = np.concatenate([np.array(curves[name])[:, 1] for name in names])

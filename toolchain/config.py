@@ -270,6 +270,7 @@ def validate(
     task = _task(value.get("task"), faults) if "task" in value else None
     method = _method(value.get("method"), faults) if "method" in value else None
     if task is not None:
+        value = _below(value, getattr(task, "DEFAULTS", {}))
         models = {"data": task.DataSection, "student": task.StudentSection, "teacher": task.TeacherSection}
         for key, model in models.items():
             if model is None or (key == "teacher" and value.get(key) is None):
@@ -301,6 +302,18 @@ def validate(
         raise ConfigError("\n".join(_render(fault, source, lines or {}, overridden or set()) for fault in faults))
     assert isinstance(config, Config)
     return config
+
+
+def _below(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``value`` with ``defaults`` where it has nothing of its own, inside its sections too."""
+    found = dict(value)
+    for key, item in defaults.items():
+        mine = found.get(key)
+        if mine is None:
+            found[key] = item
+        elif isinstance(mine, Mapping) and isinstance(item, Mapping):
+            found[key] = _below(mine, item)
+    return found
 
 
 S = TypeVar("S", bound=BaseModel)

@@ -122,9 +122,9 @@ def measure(cfg: Config, stages: Sequence[Stage], failed: Mapping[str, str]) -> 
     ]
 
 
-def missing_packages(stages: Sequence[Stage]) -> list[str]:
-    """What the whole plan needs and this environment lacks, with the command that installs it."""
-    needed = dict.fromkeys(package for stage in stages for package in NEEDED.get(stage.module, ()))
+def missing_packages(stages: Sequence[Stage], of_task: Sequence[str] = ()) -> list[str]:
+    """What the whole plan and its task need and this environment lacks, with the command that installs it."""
+    needed = dict.fromkeys([*(package for stage in stages for package in NEEDED.get(stage.module, ())), *of_task])
     absent = [package for package in needed if importlib.util.find_spec(package) is None]
     return [f"{name} is not installed: pip install '{EXTRA.get(name, 'edgestill[distill]')}'" for name in absent]
 
@@ -153,7 +153,8 @@ class Pipeline:
         """Make every stale stage, up to ``last``. Raises StageError; EdgestillError when another run works here."""
         names = [stage.name for stage in self.stages]
         stages = self.stages[: names.index(last) + 1] if last else self.stages
-        if faults := missing_packages([*stages, *([] if last else measure(self.cfg, stages, {}))]):
+        of_task = getattr(load_task(self.cfg.task), "PACKAGES", ())
+        if faults := missing_packages([*stages, *([] if last else measure(self.cfg, stages, {}))], of_task):
             raise EdgestillError("this pipeline cannot run here:\n" + "\n".join(f"  {fault}" for fault in faults))
         self.root.mkdir(parents=True, exist_ok=True)
         outcome = Outcome(self.root)

@@ -98,11 +98,11 @@ def cell_means(
     np.add.at(sums, where, values)
     np.add.at(counts, where, 1)
     with np.errstate(invalid="ignore"):
-        return sums / counts  # type: ignore[no-any-return]
+        return sums / counts
 
 
 def averages(cells: NDArray[np.float64]) -> dict[str, float]:
-    """``gxlt``: all cells, the diagonal included, as the paper reports it; ``xlt``: the diagonal; ``gxlt_off``: the rest.
+    """``gxlt``: all cells, the diagonal included, as published; ``xlt``: the diagonal; ``gxlt_off``: the others.
 
     Cells without questions do not count; an average without cells is left out.
     """

@@ -18,7 +18,6 @@ from toolchain.artifact import EdgestillError
 BEST = 20  # starts and ends looked at in a window
 LONGEST = 30  # tokens of an answer
 OUTSIDE, CONTEXT, CENTRAL = 0, 1, 2  # CENTRAL: no other window gives this context token more surroundings
-MASKED = -1e4  # logit of a padding position
 CHUNK = 4096  # windows decoded at a time
 
 Array = NDArray[Any]
@@ -30,7 +29,7 @@ class WindowError(EdgestillError):
 
 @dataclass(frozen=True)
 class Layout:
-    """Token ids before the question, between question and context, and behind; ``typed``: the second half has type 1."""
+    """Token ids before the question, between question and context, and behind; ``typed``: the context has type 1."""
 
     prefix: tuple[int, ...]
     middle: tuple[int, ...]
@@ -50,7 +49,9 @@ def layout_of(tokenizer: Any) -> Layout:
     probe = tokenizer.encode("a", "a")
     of = probe.sequence_ids
     if 0 not in of or 1 not in of or None not in of:
-        raise WindowError("expected a tokenizer with special tokens around a pair of texts, found none; use an encoder's")
+        raise WindowError(
+            "expected a tokenizer with special tokens around a pair of texts, found none; use an encoder's"
+        )
     first, second = of.index(0), of.index(1)
     behind = len(of) - of[::-1].index(1)
     middle = [index for index in range(first, second) if of[index] is None]
@@ -206,12 +207,5 @@ def answer_of(context: str, offset: Array, first: int, last: int) -> tuple[str, 
     return text, low, low + len(text)
 
 
-def widened(value: Array, width: int) -> Array:
-    """Logits (n, s) of a batch cut to its longest window, at ``width``."""
-    full = np.full((len(value), width), MASKED, value.dtype)
-    full[:, : value.shape[1]] = value
-    return full
-
-
 def cut_of(settings: Mapping[str, Any]) -> Cut:
-    return Cut(**{key: settings.get(key) for key in ("max_length", "max_question", "step", "overlap")})
+    return Cut(settings["max_length"], settings["max_question"], settings.get("step"), settings.get("overlap"))

@@ -198,7 +198,7 @@ def work_off(job: Job) -> None:
         start = time.perf_counter()
         folder = job.work / f"{item['dataset']}-{item['method']}-{item['seed']}-{item['sha256'][:8]}"
         try:
-            trained = train_student(cfg, data, job.inputs, folder)
+            trained = train_student(cfg, data, job.inputs, folder, job.work / "shared")
         except EdgestillError as error:
             failures.append(f"{item['method']} seed {item['seed']}: {error}")
             continue

@@ -79,8 +79,8 @@ def read_squad(
         raise DataError(f"{path}: expected a file in SQuAD-v1.1 JSON, found nothing there") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         raise DataError(
-            f"{path}: expected SQuAD-v1.1 JSON (data, paragraphs, qas, answers), found {type(error).__name__}: {error}; "
-            "give a file in that form"
+            f"{path}: expected SQuAD-v1.1 JSON (data, paragraphs, qas, answers), found {type(error).__name__}: {error};"
+            " give a file in that form"
         ) from error
     ids: set[str] = set()
     for question in found:
@@ -243,7 +243,11 @@ def crossed(asked: Question, read: Question) -> Question:
 def all_pairs(by_id: Mapping[str, Mapping[str, Question]], languages: Sequence[str]) -> list[Question]:
     """Every (question language, context language) pair of every id: what is scored."""
     return [
-        crossed(found[q], found[c]) for found in by_id.values() for q in languages for c in languages if {q, c} <= set(found)
+        crossed(found[q], found[c])
+        for found in by_id.values()
+        for q in languages
+        for c in languages
+        if {q, c} <= set(found)
     ]
 
 
@@ -266,10 +270,7 @@ def sample_pairs(
         here = by_id[name]
         targets = sorted(set(here) & set(languages) - ({pivot} if keep_pivot else set()))
         own = [pivot] if keep_pivot and pivot in here else []
-        if ntl == 0 or ntl >= len(targets):
-            chosen = own + targets
-        else:
-            chosen = own + rng.sample(targets, ntl)
+        chosen = own + (targets if ntl == 0 or ntl >= len(targets) else rng.sample(targets, ntl))
         pairs = [(q, q) for q in chosen] if ntl == 0 else [(q, c) for q in chosen for c in chosen]
         found += [crossed(here[q], here[c]) for q, c in pairs]
     rng.shuffle(found)

@@ -42,7 +42,7 @@ VALUES = {
         "ru": "хлеб суп рис сыр рыбу мёд",
         "zh": "面包 汤 米饭 奶酪 鱼 蜂蜜",
     },
-    "year": {language: "1951 1962 1973 1984 1995 2006" for language in LANGUAGES},
+    "year": dict.fromkeys(LANGUAGES, "1951 1962 1973 1984 1995 2006"),
 }
 SENTENCES = {
     "city": {
@@ -85,12 +85,16 @@ def articles(part: str, count: int, seed: int) -> dict[str, list[Question]]:
     for number in range(count):
         people = rng.choices(range(len(names["en"])), k=len(VALUES))
         relations = rng.sample(list(VALUES), len(VALUES))
-        facts = [(who, kind, rng.randrange(len(values[kind]["en"]))) for who, kind in zip(people, relations, strict=True)]
+        facts = [
+            (who, kind, rng.randrange(len(values[kind]["en"]))) for who, kind in zip(people, relations, strict=True)
+        ]
         asked = rng.sample(range(len(facts)), ASKED)
         for language in LANGUAGES:
             context, places = "", []
             for who, relation, what in facts:
-                before, after = SENTENCES[relation][language][0].format(name=names[language][who], value="\0").split("\0")
+                before, after = (
+                    SENTENCES[relation][language][0].format(name=names[language][who], value="\0").split("\0")
+                )
                 context += " " if context and language != "zh" else ""
                 places.append(len(context) + len(before))
                 context += before + values[relation][language][what] + after

@@ -73,10 +73,10 @@ def check_same(mine: str, other: str, who: str) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> str:
-    """A WordPiece ``tokenizer.json`` of at most ``size`` pieces, the same for the same texts; Han characters stand alone."""
+    """A WordPiece ``tokenizer.json`` of at most ``size`` pieces, the same for the same texts; Han characters alone."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False, handle_chinese_chars=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from toolchain.artifact import EdgestillError, digest, sha256
-from toolchain.methods.options import NEEDS_TEACHER
+from toolchain.methods.options import NEEDS_TEACHER, OF_QUESTIONS
 from toolchain.section import Section
 
 if TYPE_CHECKING:
@@ -212,7 +212,9 @@ def check(config: Any, height: int, width: int) -> list[tuple[tuple[Any, ...], s
     """Faults between sections that image tasks share, as (key path, message)."""
     faults: list[tuple[tuple[Any, ...], str]] = []
     method = getattr(config.method, "name", None)
-    if config.teacher is None and method in NEEDS_TEACHER:
+    if method in OF_QUESTIONS:
+        faults.append((("method", "name"), f"{method} is a method of the task qa; choose one for images"))
+    elif config.teacher is None and method in NEEDS_TEACHER:
         faults.append(
             (("teacher",), f"method {method} learns from a teacher; add a teacher section, or use method: plain")
         )
