@@ -51,7 +51,7 @@ def run(job: Job) -> None:
     pictures: dict[str, bytes] = {}
     if (plane := pareto_of(summary)) is not None:
         pictures["pareto.svg"] = plane
-    training = curves(job.inputs.get("student"))
+    training = [picture for who in ("teacher", "student") for picture in curves(job.inputs.get(who))]
     pictures |= {f"training-{number}.svg": content for number, (_, content) in enumerate(training)}
     view = {
         "summary": summary,
@@ -144,9 +144,9 @@ def pareto_of(summary: Mapping[str, Any]) -> bytes | None:
     return plots.pareto(found, name, metric["higher_is_better"], batch, best)
 
 
-def curves(student: Path | None) -> list[tuple[str, bytes]]:
-    """A picture per training stage from the student's train.jsonl."""
-    path = student / "train.jsonl" if student else None
+def curves(folder: Path | None) -> list[tuple[str, bytes]]:
+    """A picture per training stage from the train.jsonl of an artifact that has one."""
+    path = folder / "train.jsonl" if folder else None
     if path is None or not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -133,7 +133,7 @@ def as_fed(split: Split, folder: Path) -> Split:
     A table gives for each value of the data's, an index, the model's own: a vocabulary that was pruned.
     """
     tables = {path.name.split(".")[1]: np.load(path, allow_pickle=False) for path in folder.glob("lookup.*.npy")}
-    mine = {name: table[split.arrays[name]] for name, table in tables.items()}
+    mine = {name: table[array := split.arrays[name]].astype(array.dtype) for name, table in tables.items()}
     return Split({**split.arrays, **mine}, split.feeds, split.meta, split.mask)
 
 

@@ -40,6 +40,7 @@ class Sets:
     val: dict[str, list[Question]]
     test: dict[str, list[Question]]
     notes: list[str] = field(default_factory=list)
+    tokenizer: str | None = None  # where the source brings its own
 
 
 def assemble(section: DataSection) -> Data:
@@ -51,7 +52,7 @@ def assemble(section: DataSection) -> Data:
     )
     if not train:
         raise DataError("no aligned training question in the languages asked for; check data.languages")
-    text = read_tokenizer(section.tokenizer) if section.tokenizer else _trained(sets, train)
+    text = sets.tokenizer or read_tokenizer(str(section.tokenizer))
     maker = _Maker(text, section)
     splits = {"first": maker.split(sets.first, section.first_windows)} if sets.first else {}
     splits["train"] = maker.split(train)
@@ -109,7 +110,11 @@ def _templates(section: DataSection) -> Sets:
         for part, count in zip(("first", "train", "val", "test"), section.articles, strict=True)
     )
     note = "Texts are made of templates: the scores say that the chain works, nothing about real questions."
-    return _sets(section, first[section.pivot], train, val, test, [note])
+    sets = _sets(section, first[section.pivot], train, val, test, [note])
+    known = (question for part in (first, train) for questions in part.values() for question in questions)
+    texts = {text for question in known for text in (question.question, question.context)}
+    sets.tokenizer = train_tokenizer(texts, TRAINED_PIECES)
+    return sets
 
 
 def _folder(section: DataSection) -> Sets:
@@ -204,11 +209,6 @@ def _sets(
         tested,
         notes,
     )
-
-
-def _trained(sets: Sets, train: Sequence[Question]) -> str:
-    texts = (text for question in (*sets.first, *train) for text in (question.question, question.context))
-    return train_tokenizer(texts, TRAINED_PIECES)
 
 
 # --- windows

@@ -219,7 +219,11 @@ def save_extra(net: QaNet, folder: Path) -> None:
     (folder / TOKENIZER).write_text(net.tokenizer, encoding="utf-8")
     (folder / SETTINGS).write_text(json.dumps(net.settings), encoding="utf-8")
     if net.table is not None:
-        np.save(folder / PIECES, net.table.cpu().numpy(), allow_pickle=False)
+        np.save(folder / PIECES, _lookup(net.table), allow_pickle=False)
+
+
+def _lookup(table: Tensor) -> NDArray[np.int32]:
+    return table.cpu().numpy().astype(np.int32)  # type: ignore[no-any-return]
 
 
 def load(folder: Path) -> QaNet:
@@ -229,7 +233,7 @@ def load(folder: Path) -> QaNet:
     verify(folder)
     config = AutoConfig.from_pretrained(folder / CONFIG)
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    table = np.load(folder / PIECES, allow_pickle=False) if (folder / PIECES).is_file() else None
+    table = np.load(folder / PIECES).astype(np.int64) if (folder / PIECES).is_file() else None
     tokenizer = (folder / TOKENIZER).read_text(encoding="utf-8")
     with seeded(0):
         encoder = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
@@ -286,7 +290,7 @@ def deploy(model: nn.Module, info: Mapping[str, Any]) -> Deploy:
         example={"input_ids": ids, "attention_mask": torch.ones(size, dtype=torch.int64)},
         dynamic={name: {0: "batch", 1: "sequence"} for name in ("input_ids", "attention_mask")},
         files={TOKENIZER: net.tokenizer, SETTINGS: json.dumps(net.settings)},
-        arrays={} if net.table is None else {PIECES: net.table.cpu().numpy()},
+        arrays={} if net.table is None else {PIECES: _lookup(net.table)},
     )
 
 

@@ -6,6 +6,7 @@ Works on ``tokenizer.json``, the format of the package ``tokenizers``, which is 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,14 +74,22 @@ def check_same(mine: str, other: str, who: str) -> None:
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> str:
-    """A WordPiece ``tokenizer.json`` of at most ``size`` pieces, the same for the same texts; Han characters alone."""
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    """A WordPiece ``tokenizer.json`` of every character and the most frequent words, at most ``size`` pieces.
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False, handle_chinese_chars=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=list(SPECIAL), show_progress=False)
-    tokenizer.train_from_iterator(sorted(set(texts)), trainer)
+    Counted, not merged pair by pair: the package's trainers give other pieces in other processes. Han characters are
+    words of their own.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    normalise = normalizers.BertNormalizer(lowercase=False, strip_accents=False, handle_chinese_chars=True)
+    split = pre_tokenizers.BertPreTokenizer()
+    counts = Counter(word for text in texts for word, _ in split.pre_tokenize_str(normalise.normalize_str(text)))
+    characters = sorted({char for word in counts for char in word})
+    words = sorted((word for word in counts if len(word) > 1), key=lambda word: (-counts[word], word))
+    pieces = [*SPECIAL, *characters, *(f"##{char}" for char in characters), *words][:size]
+    tokenizer = Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalise, split
+    tokenizer.add_special_tokens(list(SPECIAL))
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
