@@ -25,7 +25,7 @@ from toolchain.artifact import EdgestillError
 from toolchain.stage import console, guard
 
 RESULTS = Path(__file__).parent / "results"
-BASELINE = "plain"
+BASELINES = ("plain", "ce")  # a study's methods are compared with the first of these that it has
 NOISY = 0.25  # a training benchmark whose rounds differ by more is marked
 LEAST_WIDTH = 100  # a cut column says nothing; a terminal that is narrower wraps
 MARKED = re.compile(r"(<!-- results:(?P<study>[\w.-]+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
@@ -247,7 +247,7 @@ def paired(differences: Sequence[float]) -> str:
 
 
 def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean ± sd over seeds of each (dataset, method), and the paired difference to the method ``plain``.
+    """Mean ± sd over seeds of each (dataset, method), and the paired difference to the study's baseline.
 
     The headline metric is the first of a row's ``metrics``. A seed that was run twice counts once, as last written;
     rows of another config than the last one of their (dataset, method) do not count.
@@ -261,18 +261,19 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
             continue
         groups.setdefault(row["dataset"], {}).setdefault(row["method"], {})[int(row["seed"])] = row
     body = []
+    base = next((name for name in BASELINES if any(name in methods for methods in groups.values())), BASELINES[0])
     for dataset, methods in groups.items():
         metric = next(iter(rows_of(methods)[0]["metrics"]))
-        plain = methods.get(BASELINE, {})
-        for method in sorted(methods, key=lambda name: name != BASELINE):
+        plain = methods.get(base, {})
+        for method in sorted(methods, key=lambda name: name != base):
             by_seed = methods[method]
-            shared = sorted(set(by_seed) & set(plain)) if method != BASELINE else []
+            shared = sorted(set(by_seed) & set(plain)) if method != base else []
             differences = [by_seed[s]["metrics"][metric] - plain[s]["metrics"][metric] for s in shared]
             values = [by_seed[seed]["metrics"][metric] for seed in sorted(by_seed)]
             devices = ", ".join(dict.fromkeys(str(row.get("device", "–")) for row in by_seed.values()))
             change = paired(differences) if differences else "–"
             body.append([dataset, method, metric, mean_sd(values), change, str(len(values)), devices])
-    title = ["dataset", "method", "metric", "mean ± sd", f"difference to {BASELINE} ± sd [95 %]", "seeds", "device"]
+    title = ["dataset", "method", "metric", "mean ± sd", f"difference to {base} ± sd [95 %]", "seeds", "device"]
     return markdown(title, body, right=title[3:6])
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -26,6 +26,9 @@ from toolchain.pipeline import Pipeline, StageError, lock, perform, plan, resuma
 from toolchain.section import Section
 from toolchain.stage import Job, console, main
 from toolchain.tasks import load_data
+
+if TYPE_CHECKING:
+    from toolchain.distill import Trained
 
 
 class StudySection(Section):
@@ -202,7 +205,7 @@ def work_off(job: Job) -> None:
         except EdgestillError as error:
             failures.append(f"{item['method']} seed {item['seed']}: {error}")
             continue
-        test = {name: float(value) for name, value in trained.run.scorer("test")(trained.student).items()}
+        test = _tested(trained, job.out.parent / "samples", f"{item['dataset']}-{item['method']}-{item['seed']}")
         row = {
             "study": job.config["study"],
             "method": item["method"],
@@ -228,6 +231,16 @@ def work_off(job: Job) -> None:
         raise EdgestillError("\n".join(failures))
     with artifact.create(job.out, stage=job.stage, config={"study": job.config["study"]}):
         pass
+
+
+def _tested(trained: Trained, samples: Path, name: str) -> dict[str, float]:
+    """Scores on the test split; where the task tells samples apart, their scores go to ``samples/<name>.json``."""
+    if not hasattr(trained.run.task, "examined"):
+        return {name: float(value) for name, value in trained.run.scorer("test")(trained.student).items()}
+    scores, each = trained.run.task.examined(trained.run, trained.student)
+    samples.mkdir(parents=True, exist_ok=True)
+    artifact.write_json(samples / f"{name}.json", each)
+    return {name: float(value) for name, value in scores.items()}
 
 
 def device() -> str:

@@ -258,9 +258,12 @@ def score(outputs: Arrays, split: Split) -> dict[str, float]:
     return found
 
 
-def per_question(outputs: Arrays, split: Split) -> dict[str, float]:
-    """F1 in percent of every question of the cells, by id: what a paired test compares."""
-    return {entry[0]["id"]: entry[1] for entry in _scored(outputs, split) if entry[0]["part"] == CELLS}
+def per_question(outputs: Arrays, split: Split) -> dict[str, dict[str, float]]:
+    """Part -> question id -> F1 in percent: what a paired test compares."""
+    found: dict[str, dict[str, float]] = {}
+    for question, f1, _ in _scored(outputs, split):
+        found.setdefault(question["part"], {})[question["id"]] = f1
+    return found
 
 
 def agreement(a: Arrays, b: Arrays) -> float:
@@ -355,6 +358,15 @@ def scorer(run: Any, split: str = "val") -> Any:
     from toolchain.tasks import qa_batches
 
     return qa_batches.scorer(run, split)
+
+
+def examined(run: Any, module: nn.Module) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Scores on the test split, and the F1 of each question, see ``per_question``."""
+    from toolchain.tasks import qa_batches
+
+    split = run.data.splits["test"]
+    outputs: Arrays = dict(qa_batches.outputs(module, split, run.device))
+    return score(outputs, split), per_question(outputs, split)
 
 
 def hookable(config: Any) -> list[tuple[str, str, tuple[int, ...]]]:

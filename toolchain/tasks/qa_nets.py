@@ -96,7 +96,7 @@ def build(section: Encoder, info: Mapping[str, Any], seed: int) -> QaNet:
             if section.model == "small" or section.weights == "random":
                 encoder = AutoModel.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
             else:
-                encoder = AutoModel.from_pretrained(source, config=config, dtype=torch.float32)
+                encoder = _pretrained(source, config)
         except ModelError:
             raise
         except Exception as error:  # transformers and the hub raise many kinds
@@ -110,6 +110,21 @@ def build(section: Encoder, info: Mapping[str, Any], seed: int) -> QaNet:
     _fits(encoder.config, section.model, info)
     assert isinstance(config, BertConfig) or section.model != "small"
     return net
+
+
+def _pretrained(source: str, config: Any) -> Any:
+    """The encoder's weights; all but the pooler's, which is dropped, must be there. Raises ModelError."""
+    from transformers import AutoModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    encoder, found = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(name for name in found["missing_keys"] if not name.startswith("pooler")):
+        raise ModelError(
+            f"model {source}: its weights lack {missing[0]} and {len(missing) - 1} others; give an encoder's"
+        )
+    return encoder
 
 
 def _small(options: Mapping[str, Any], info: Mapping[str, Any]) -> Any:

@@ -198,11 +198,12 @@ def squad_dev(root: Path, download: bool = False) -> list[Question]:
 
 
 def tydiqa(language: str, part: str, root: Path) -> list[Question]:
-    """TyDiQA-GoldP; ``part`` is ``train`` or ``dev``."""
+    """TyDiQA-GoldP; ``part`` is ``train`` or ``dev``. Titles are of the language's own Wikipedia, which they name."""
     name = TYDIQA[language]
     names = [f"tydiqa_goldp/{name}_tydiqa_{part}.json", f"tydiqa_goldp/tydiqa-goldp-{part}-{name}.json"]
     home = "https://storage.googleapis.com/tydiqa/v1.1/tydiqa-goldp-v1.1-dev.tgz"
-    return read_squad(_place(root, names, f"TyDiQA-GoldP {part} in {name}", home), language)
+    found = read_squad(_place(root, names, f"TyDiQA-GoldP {part} in {name}", home), language)
+    return found if language == "en" else [replace(q, title=f"{language}:{q.title}") for q in found]
 
 
 def mlqa(language: str, context_language: str, part: str, root: Path) -> list[Question]:

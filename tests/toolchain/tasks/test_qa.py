@@ -57,7 +57,7 @@ def test_scores_are_of_the_questions_that_are_there() -> None:
     assert 0 <= some["gxlt_f1"] <= 100
     assert qa.agreement(gold(split), gold(split)) == 1
     assert qa.agreement(gold(split), wrong) < 1
-    f1 = qa.per_question(gold(split), split)
+    f1 = qa.per_question(gold(split), split)["cells"]
     assert len(f1) == len(split.meta["questions"])
     assert set(f1.values()) == {100.0}
     assert (qa.totals(gold(split), split)["cells"] == 100).all()
