@@ -2,8 +2,8 @@
 
     python -m benchmarks.paired runs/studies/qa_xquad/samples --against ce --out benchmarks/results/qa_xquad-paired.json
 
-A study leaves ``<dataset>-<method>-<seed>.json`` there: {part: {sample: score}}. A sample's scores are averaged over the
-seeds that both methods have; samples named ``<id>_<...>`` are translations of one question and count as one.
+A study leaves ``<dataset>-<method>-<seed>.json`` there: {part: {sample: score}}. A sample's scores are averaged over
+the seeds that both methods have; samples named ``<id>_<...>`` are translations of one question and count as one.
 """
 
 from __future__ import annotations

@@ -117,8 +117,8 @@ def _pretrained(source: str, config: Any) -> Any:
     from transformers import AutoModel
     from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     encoder, found = AutoModel.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(name for name in found["missing_keys"] if not name.startswith("pooler")):
         raise ModelError(
@@ -238,7 +238,7 @@ def save_extra(net: QaNet, folder: Path) -> None:
 
 
 def _lookup(table: Tensor) -> NDArray[np.int32]:
-    return table.cpu().numpy().astype(np.int32)  # type: ignore[no-any-return]
+    return table.cpu().numpy().astype(np.int32)
 
 
 def load(folder: Path) -> QaNet:
