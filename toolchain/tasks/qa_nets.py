@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from toolchain.artifact import Port, verify
 from toolchain.tasks import FILL
 from toolchain.tasks.backbones import WEIGHTS, ModelError, load_state, seeded
-from toolchain.tasks.qa_tokenizer import TOKENIZER, check_same, encoder_folder, parse, prune, read_tokenizer
+from toolchain.tasks.qa_tokenizer import TOKENIZER, check_same, encoder_folder, lookup, prune, read_tokenizer
 
 if TYPE_CHECKING:
     from toolchain.tasks import Data
@@ -210,20 +210,10 @@ def smaller(net: QaNet, layers: list[int], pieces: NDArray[np.int64] | None) -> 
     result.encoder.set_input_embeddings(embedding)
     result.encoder.config.vocab_size, result.encoder.config.pad_token_id = len(pieces), pad
     result.tokenizer = prune(net.tokenizer, pieces)
-    table = np.full(max(old.num_embeddings, int(pieces.max()) + 1), new[unknown_of(net.tokenizer)], np.int64)
-    table[pieces] = np.arange(len(pieces))
+    table = lookup(net.tokenizer, result.tokenizer, pieces, old.num_embeddings)
     result.register_buffer("table", torch.from_numpy(table), persistent=False)
     result.settings |= {"separator": new[int(net.settings["separator"])], "pad": pad}
     return result
-
-
-def unknown_of(tokenizer: str) -> int:
-    """The id that stands for what a tokenizer does not know; its first special piece where nothing does."""
-    model = json.loads(tokenizer)["model"]
-    if model.get("unk_id") is not None:
-        return int(model["unk_id"])
-    found = parse(tokenizer).token_to_id(model.get("unk_token") or "")
-    return 0 if found is None else int(found)
 
 
 # --- artifacts

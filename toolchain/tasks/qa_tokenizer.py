@@ -168,6 +168,23 @@ def prune(text: str, kept: Sequence[int] | NDArray[Any]) -> str:
     return pruned
 
 
+def lookup(text: str, pruned: str, kept: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """For each of ``count`` piece numbers of ``text`` the one in ``pruned``, made of it by keeping ``kept``.
+
+    A piece that was dropped becomes the longest of those that the pruned tokenizer cuts it into: so much a model sees
+    of it where the whole tokenizer has cut the texts already, as it has those of a data artifact.
+    """
+    whole, small = parse(text), parse(pruned)
+    table = np.zeros(count, np.int64)
+    table[kept] = np.arange(len(kept))
+    dropped = np.setdiff1d(np.arange(whole.get_vocab_size()), kept).tolist()
+    texts = [whole.decode([number]) for number in dropped]
+    for number, found in zip(dropped, small.encode_batch(texts, add_special_tokens=False), strict=True):
+        if found.ids:
+            table[number] = found.ids[int(np.argmax([len(piece) for piece in found.tokens]))]
+    return table
+
+
 def _renumber(value: Any, new: dict[int, int]) -> None:
     """The ids of special tokens inside a post-processor, in place."""
     if isinstance(value, dict):

