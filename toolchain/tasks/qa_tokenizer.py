@@ -181,7 +181,7 @@ def lookup(text: str, pruned: str, kept: NDArray[np.int64], count: int) -> NDArr
     texts = [whole.decode([number]) for number in dropped]
     for number, found in zip(dropped, small.encode_batch(texts, add_special_tokens=False), strict=True):
         if found.ids:
-            table[number] = found.ids[int(np.argmax([len(piece) for piece in found.tokens]))]
+            table[number] = found.ids[int(np.argmax([last - first for first, last in found.offsets]))]
     return table
 
 
