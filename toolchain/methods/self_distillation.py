@@ -23,69 +23,72 @@ is shared by all runs of a study that start from the same first stage.
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from toolchain.artifact import digest, read
+from toolchain.checkpoint import load_tensors, save_tensors
 from toolchain.config import Config, TrainSection
 from toolchain.distiller import Batch, Distiller, Frozen, fingerprint
 from toolchain.losses import accuracy, cross_entropy, hinton_kd, hit_precision, weighted_kd
 from toolchain.methods.options import Recipe, SelfDistillation
 from toolchain.stage import progress
+from toolchain.tasks.qa_batches import SpanBatches
 from toolchain.train import Run
 
 FIRST_SECTIONS = ("seed", "task", "data", "student")
 
 
 class TeacherLogits:
-    """What a teacher says of every window of an epoch, computed in that epoch's own batches, kept in ``folder``."""
+    """What a teacher says of every window of an epoch, computed in that epoch's own batches.
 
-    def __init__(self, batches: Any, folder: Path, source: str, precision: str, quiet: bool) -> None:
-        self.batches, self.folder, self.source, self.precision, self.quiet = batches, folder, source, precision, quiet
+    Kept in ``work``, the latest generation's alone, so that a resumed run need not compute it again; the first
+    generation's in ``shared``. ``source`` is the id of the data.
+    """
+
+    def __init__(
+        self, batches: SpanBatches, work: Path, shared: Path, source: str, precision: str, quiet: bool = True
+    ) -> None:
+        self.batches, self.work, self.shared = batches, work, shared
+        self.source, self.precision, self.quiet = source, precision, quiet
         self.epoch: int | None = None
-        self.table = np.zeros(0, np.float32)  # (windows, width, 2)
+        self.table = torch.zeros(0)  # (windows, width, 2), where the batches are
 
     def __call__(self, teacher: nn.Module, batch: Batch) -> Tensor:
-        """Logits (B, S, 2) for a batch of the epoch."""
-        if self.epoch != (epoch := int(batch["epoch"])):
-            self.fill(teacher, epoch, batch["input_ids"].device)
-        rows = self.table[batch["index"].cpu().numpy(), : batch["input_ids"].shape[1]]
-        return torch.from_numpy(rows).to(batch["input_ids"].device)
+        """Logits (B, S, 2) for a batch that was just fetched."""
+        ids = batch["input_ids"]
+        if self.epoch != self.batches.fetched_epoch:
+            self.epoch = self.batches.fetched_epoch
+            self.table = self._filled(teacher, self.epoch, ids.device).to(ids.device)
+        return self.table[batch["index"], : ids.shape[1]]
 
-    def fill(self, teacher: nn.Module, epoch: int, device: torch.device) -> None:
+    def _filled(self, teacher: nn.Module, epoch: int, device: torch.device) -> Tensor:
         b = self.batches
         place = [b.seed, b.batch_size, b.count, b.rank, b.world, epoch, self.precision, self.source]
-        path = self.folder / f"logits-{digest([fingerprint(teacher), *place])[:24]}.npy"
+        folder = self.work if epoch else self.shared
+        path = folder / f"logits-{digest([fingerprint(teacher), *place])[:24]}.safetensors"
         if path.is_file():
-            self.table = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            self.table = self._computed(teacher, epoch, device)
-            self._keep(path)
-        self.epoch = epoch
+            return load_tensors(path)["logits"]
+        table = self._computed(teacher, epoch, device)
+        for old in self.work.glob("logits-*.safetensors") if epoch else ():
+            old.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tensors(path, {"logits": table})
+        return table
 
-    def _computed(self, teacher: nn.Module, epoch: int, device: torch.device) -> Any:
-        table = np.zeros((self.batches.count, self.batches.width, 2), np.float32)
+    def _computed(self, teacher: nn.Module, epoch: int, device: torch.device) -> Tensor:
+        table = torch.zeros(self.batches.count, self.batches.width, 2)
         half = torch.autocast(device.type, torch.bfloat16) if self.precision == "bf16" else contextlib.nullcontext()
         shown = contextlib.nullcontext(None) if self.quiet else progress("teacher's logits", len(self.batches))
         with half, shown as bar:
             for batch in self.batches.epoch(epoch):
                 logits = teacher(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-                table[batch["index"].numpy(), : logits.shape[1]] = logits.float().cpu().numpy()
+                table[batch["index"], : logits.shape[1]] = logits.float().cpu()
                 if bar is not None:
                     bar.advance()
         return table
-
-    def _keep(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        with temporary.open("wb") as file:
-            np.save(file, self.table, allow_pickle=False)
-        temporary.replace(path)
 
 
 class Generations(Distiller):
@@ -136,8 +139,6 @@ def recipe_of(train: TrainSection, own: Recipe) -> TrainSection:
 
 
 def distill(cfg: Config, run: Run) -> nn.Module:
-    from toolchain.tasks.qa_batches import SpanBatches
-
     o: SelfDistillation = cfg.method
     student, score = run.task.network(run), run.scorer()
     if o.first is not None:
@@ -148,12 +149,9 @@ def distill(cfg: Config, run: Run) -> nn.Module:
     if o.stop == "first":
         return student  # type: ignore[no-any-return]
     batches = run.batches("train")
-    return run.stage("generations", Generations(student, o, _kept(run, batches, o)), batches, cfg.train, score)
-
-
-def _kept(run: Run, batches: Any, options: SelfDistillation) -> TeacherLogits | None:
-    if not (options.cache and options.kd):
-        return None
-    source = read(run.inputs["data"]).id if "data" in run.inputs else ""
-    folder = (run.shared or run.work) / "logits"
-    return TeacherLogits(batches, folder, source, run.cfg.train.precision, run.quiet)
+    logits = None
+    if o.cache and o.kd:
+        source = read(run.inputs["data"]).id if "data" in run.inputs else ""
+        work = run.work / "logits"
+        logits = TeacherLogits(batches, work, run.shared or work, source, cfg.train.precision, run.quiet)
+    return run.stage("generations", Generations(student, o, logits), batches, cfg.train, score)

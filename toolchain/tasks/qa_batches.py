@@ -23,7 +23,10 @@ EVALUATION_TOKENS = 8192  # tokens of a batch when scoring, padding included
 
 class SpanBatches(Batches):
     """Batches of ``input_ids`` and ``attention_mask`` int64 (B, S), S the longest of the batch, ``label`` int64 (B, 2),
-    start and end, ``index`` (B,) of the windows of ``splits`` one after the other, and ``epoch``."""
+    start and end, and ``index`` (B,) of the windows of ``splits`` one after the other. ``fetched_epoch`` is the last
+    batch's."""
+
+    fetched_epoch = -1
 
     def __init__(self, run: Run, splits: tuple[str, ...], batch_size: int) -> None:
         if missing := [name for name in splits if name not in run.data.splits]:
@@ -46,9 +49,9 @@ class SpanBatches(Batches):
         return rng.permutation(order.reshape(-1, self.batch_size)).ravel()
 
     def gather(self, index: NDArray[np.int64], epoch: int) -> dict[str, Tensor]:
-        longest = int(self.length[index].max())
+        self.fetched_epoch, longest = epoch, int(self.length[index].max())
         found = {"input_ids": self.ids[index, :longest], "attention_mask": self.mask[index, :longest]}
-        found |= {"label": self.label[index], "index": index, "epoch": np.array(epoch)}
+        found |= {"label": self.label[index], "index": index}
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in found.items()}
 
 

@@ -61,6 +61,7 @@ def assemble(section: DataSection) -> Data:
         "languages": list(section.languages),
         "pieces": parse(text).get_vocab_size(),
         "windows": section.windows.model_dump(),
+        "positions": max(one.max_length for one in (section.windows, section.first_windows or section.windows)),
         "typed": maker.layout.typed,
         "separator": maker.layout.suffix[0],
         "pad": maker.layout.pad,

@@ -81,7 +81,7 @@ class QaNet(nn.Module):
 
 def build(section: Encoder, info: Mapping[str, Any], seed: int) -> QaNet:
     """A new network of an ``Encoder`` section for data of ``info``; what is random is drawn from ``seed``."""
-    from transformers import AutoConfig, AutoModel, BertConfig
+    from transformers import AutoConfig, AutoModel
 
     with seeded(seed):
         try:
@@ -108,7 +108,6 @@ def build(section: Encoder, info: Mapping[str, Any], seed: int) -> QaNet:
         settings = {key: info[key] for key in ("windows", "typed", "separator", "pad")}
         net = QaNet(encoder, settings)
     _fits(encoder.config, section.model, info)
-    assert isinstance(config, BertConfig) or section.model != "small"
     return net
 
 
@@ -136,7 +135,7 @@ def _small(options: Mapping[str, Any], info: Mapping[str, Any]) -> Any:
         "num_attention_heads": 4,
         "intermediate_size": 128,
     }
-    shape |= {"max_position_embeddings": info["windows"]["max_length"], "hidden_dropout_prob": 0.0}
+    shape |= {"max_position_embeddings": info["positions"], "hidden_dropout_prob": 0.0}
     shape |= {"vocab_size": info["pieces"], "pad_token_id": info["pad"], "attention_probs_dropout_prob": 0.0}
     if strange := [key for key in options if key not in BertConfig().to_dict()]:
         raise ModelError(f"options: BertConfig has no {strange[0]!r}; it has {', '.join(shape)} and others")
@@ -150,7 +149,7 @@ def _fits(config: Any, model: str, info: Mapping[str, Any]) -> None:
             f"model {model}: expected at least the tokenizer's {info['pieces']:,} pieces, found {config.vocab_size:,}; "
             "set data.tokenizer to that of the encoder"
         )
-    positions, longest = getattr(config, "max_position_embeddings", None), info["windows"]["max_length"]
+    positions, longest = getattr(config, "max_position_embeddings", None), info["positions"]
     if positions is not None and positions < longest:
         raise ModelError(
             f"model {model}: has {positions} positions, fewer than data.windows.max_length {longest}; lower it"

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.toolchain.methods.doubles import same, weights
@@ -219,9 +219,13 @@ def test_runs_of_a_study_share_the_first_stage_and_what_it_teaches(tmp_path: Pat
 def test_logits_are_kept_by_window(tmp_path: Path) -> None:
     batches = SpanBatches(run(tmp_path), ("train",), 8)
     model = net(tmp_path).requires_grad_(False)
-    kept = TeacherLogits(batches, tmp_path / "logits", "", "fp32", True)
+    kept = TeacherLogits(batches, tmp_path / "logits", tmp_path / "shared", "", "fp32")
     for batch in batches.epoch(1):
         live = model(batch["input_ids"], batch["attention_mask"])
         assert torch.equal(kept(model, batch), live)
-    (file,) = (tmp_path / "logits").glob("*.npy")
-    assert np.load(file).shape == (batches.count, batches.width, 2)
+    for batch in batches.epoch(2):
+        kept(model, batch)
+    (file,) = (tmp_path / "logits").iterdir()  # the latest generation's alone
+    assert load_file(file)["logits"].shape == (batches.count, batches.width, 2)
+    kept(model, next(batches.epoch(0)))
+    assert len(list((tmp_path / "shared").iterdir())) == len(list((tmp_path / "logits").iterdir())) == 1

@@ -131,6 +131,30 @@ def test_files_of_ones_own_and_a_leak_among_them(tmp_path: Path, monkeypatch: py
         qa.prepare(section)
 
 
+def test_mlqa_scores_what_all_of_xquad_trained(tmp_path: Path) -> None:
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text(data().files["tokenizer.json"])
+    root = tmp_path / "qa"
+    for folder in ("xquad", "mlqa/dev", "mlqa/test"):
+        (root / folder).mkdir(parents=True)
+    for language in ("en", "es"):
+        written(root / "xquad", "xquad", language, ["a", "b"])
+        for part in ("dev", "test"):
+            for other in ("en", "es"):
+                written(tmp_path, f"{part} {other}", language, [f"{part} article {language}"])
+                name = f"{part}-context-{language}-question-{other}.json"
+                (tmp_path / f"{part} {other}.{language}.json").rename(root / "mlqa" / part / name)
+    keys = {"path": str(tmp_path), "tokenizer": str(tmp_path / "tok"), "languages": ("en", "es"), "ntl": 1}
+    found = qa.prepare(qa.DataSection(source="xquad", evaluate="mlqa", normaliser="mlqa", **keys))
+    assert len(found.splits["train"]) == 2 * 4
+    assert {tuple(q["cell"]) for q in found.splits["test"].meta["questions"]} == {
+        (a, b) for a in ("en", "es") for b in ("en", "es")
+    }
+    assert qa.score(gold(found.splits["test"]), found.splits["test"])["gxlt_f1"] == 100
+    with pytest.raises(ValueError, match="translations of articles that evaluate: mlqa trains on"):
+        qa.DataSection(source="xquad", evaluate="mlqa", unseen=("ru",), **keys)
+
+
 @pytest.mark.parametrize(
     ("change", "part"),
     [
