@@ -33,6 +33,7 @@ def predict(call: Callable[[Arrays], Mapping[str, NDArray[Any]]], split: Split, 
                 raise EdgestillError(
                     f"output {name!r}: expected a row for each of {stop - start} samples, found shape {value.shape}"
                 )
+            value = split.whole(value)
             if name not in files:
                 shape = (len(split), *value.shape[1:])
                 files[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, shape)

@@ -164,7 +164,8 @@ def _predict(rows: list[Row], data: Path, count: int, work: Path) -> None:
             bar.update(f"accuracy: {row.name}")
             out = work / row.name
             try:
-                row.worker.ask("predict", data=str(data), split="test", batch=_largest(row), out=str(out))
+                order = {"data": str(data), "split": "test", "folder": str(row.folder), "out": str(out)}
+                row.worker.ask("predict", batch=_largest(row), **order)
                 row.outputs = accuracy.load_outputs(out)
             except BenchError as error:
                 row.fail("failed", f"no predictions: {error}")
@@ -221,6 +222,8 @@ def _shown(rows: list[Row], task: ModuleType, split: Split) -> dict[str, Arrays]
         if row.outputs is not None and row.kind in ("teacher", student.kind):
             name = "shown-teacher" if row.kind == "teacher" else "shown-student"
             shown[name] = {key: array[index] for key, array in row.outputs.items()}
+            if hasattr(task, "totals"):
+                shown[name] |= task.totals(row.outputs, split)
     return shown
 
 

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from benchmarks.accuracy import predict
 from toolchain import artifact
 from toolchain.artifact import EdgestillError
+from toolchain.tasks import Split, as_fed, load_data
 
 Feeds = dict[str, NDArray[Any]]
 Call = Callable[[Feeds], Mapping[str, NDArray[Any]]]
@@ -109,19 +110,17 @@ def summarise_paced(ns: Sequence[int], fps: float) -> dict[str, Any]:
 class Subject:
     """A callable model and the real samples it is fed with, in rotation."""
 
-    def __init__(self, call: Call, samples: Feeds) -> None:
+    def __init__(self, call: Call, samples: Split) -> None:
         self.call, self.samples = call, samples
         self._batches: dict[int, list[Feeds]] = {}
 
     def batches(self, size: int) -> list[Feeds]:
         """Up to WINDOWS different batches of ``size`` samples, contiguous, repeating samples when there are too few."""
         if size not in self._batches:
-            count = len(next(iter(self.samples.values())))
+            count = len(self.samples)
             starts = range(0, max(1, min(count, WINDOWS * size)), size)
             rows = [np.arange(start, start + size) % count for start in starts]
-            self._batches[size] = [
-                {name: np.ascontiguousarray(array[index]) for name, array in self.samples.items()} for index in rows
-            ]
+            self._batches[size] = [self.samples.feed(index) for index in rows]
         return self._batches[size]
 
     def once(self, feeds: Feeds) -> int:
@@ -194,18 +193,17 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
-def samples_of(folder: Path, data: Path | None) -> Feeds:
+def samples_of(folder: Path, data: Path | None) -> Split:
     """Real inputs: the first 256 of the test split when there is data, else the artifact's own samples.npz."""
     if data is not None:
-        from toolchain.tasks import load_data
-
-        test = load_data(data).splits["test"]
-        return test.feed(slice(0, 256))
+        return as_fed(load_data(data).splits["test"].select(slice(0, 256)), folder)
     path = folder / "samples.npz"
     if not path.is_file():
         raise BenchError(f"{folder}: no samples.npz to measure with; export it again, or bench the whole run")
     with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+        return Split(
+            {name: file[name] for name in file.files}, tuple(file.files), mask=artifact.read(folder).extra.get("mask")
+        )
 
 
 def eager(folder: Path, which: str, threads: int) -> Call:
@@ -267,9 +265,7 @@ def serve(orders: IO[str], answers: IO[str]) -> None:
             elif order["do"] == "memory":
                 answer["peak_mb"] = peak_memory_mb()
             else:
-                from toolchain.tasks import load_data
-
-                split = load_data(order["data"]).splits[order["split"]]
+                split = as_fed(load_data(order["data"]).splits[order["split"]], Path(order["folder"]))
                 predict(subject.call, split, order["batch"], Path(order["out"]))
         except Exception as error:  # whatever a runtime raises becomes a reason in the report
             ours = isinstance(error, EdgestillError)

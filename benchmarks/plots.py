@@ -185,12 +185,13 @@ def scalars(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tupl
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Scalars by what they tell: validation, test, losses, accuracies while training, prototypes, and the rest."""
+    """Scalars by what they tell: validation, test, losses, training accuracies, coefficients, prototypes, the rest."""
     found: dict[str, list[str]] = {
         "validation": [],
         TEST: [],
         "losses": [],
         "training accuracy": [],
+        "coefficient": [],
         "prototypes": [],
         "other": [],
     }
@@ -200,6 +201,8 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
             key = "validation"
         elif "test" in words:
             key = TEST
+        elif "coefficient" in words:
+            key = "coefficient"
         elif words & {"prototype", "prototypes", "perplexity", "usage", "entropy"}:
             key = "prototypes"
         elif words & {"accuracy", "acc", "agreement"}:

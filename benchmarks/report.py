@@ -156,7 +156,7 @@ def curves(inputs: Mapping[str, Path]) -> list[tuple[str, bytes]]:
 
 
 def samples(job: Job, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Sample predictions as pictures, by what the task shows: an image with a class, or with a mask of classes.
+    """Sample predictions as pictures, by what the task shows: a text, an image with a class, or with a mask of classes.
 
     A task may add ``figures(split, outputs) -> [(title, png)]``; ``outputs`` holds ``student`` and maybe ``teacher``.
     """
@@ -186,6 +186,10 @@ def _tiles(task: ModuleType, split: Split, outputs: Mapping[str, Arrays]) -> dic
     for index in range(len(split)):
         shown = {who: task.show(arrays, split, index) for who, arrays in outputs.items()}
         mine = shown["student"]
+        if "text" in mine:
+            kind = "texts"
+            tiles.append(mine | {"teacher": shown["teacher"]["prediction"] if "teacher" in shown else None})
+            continue
         if "image" not in mine:
             return {}
         if isinstance(mine["truth"], str):
@@ -212,7 +216,7 @@ def _tiles(task: ModuleType, split: Split, outputs: Mapping[str, Arrays]) -> dic
             tiles.append({"pictures": pictures})
             colours = [(name, plots.class_colour(i)) for i, name in enumerate(classes) if i != ignored]
             legend = [(name, f"rgb{colour}") for name, colour in colours]
-    if kind == "classes":
+    if kind in ("classes", "texts"):
         tiles.sort(key=lambda tile: tile["right"])
     return {"kind": kind, "tiles": tiles, "legend": legend}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.formats import TableError, markdown, score
 
-BASELINE = "plain"
+BASELINES = ("plain", "ce")  # a study's methods are compared with the first of these that it has
 REFERENCES = Path(__file__).parent / "results" / "references" / "ppt_eth_ucy.json"
 AVG = "avg"
 TEST_SELECTED = "test_selected_"
@@ -78,7 +78,7 @@ def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, 
 
 
 def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean ± sd over seeds of each (dataset, method), and the paired difference to the method ``plain``.
+    """Mean ± sd over seeds of each (dataset, method), and the paired difference to the study's baseline.
 
     The headline metric is the first of a row's ``metrics``; for trajectories see ``trajectory_tables``.
     """
@@ -88,18 +88,19 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if all("minADE" in row["metrics"] for row in rows):
         return trajectory_tables(groups)
     body = []
+    base = next((name for name in BASELINES if any(name in methods for methods in groups.values())), BASELINES[0])
     for dataset, methods in groups.items():
         metric = next(iter(rows_of(methods)[0]["metrics"]))
-        plain = methods.get(BASELINE, {})
-        for method in sorted(methods, key=lambda name: name != BASELINE):
+        plain = methods.get(base, {})
+        for method in sorted(methods, key=lambda name: name != base):
             by_seed = methods[method]
-            shared = sorted(set(by_seed) & set(plain)) if method != BASELINE else []
+            shared = sorted(set(by_seed) & set(plain)) if method != base else []
             differences = [by_seed[s]["metrics"][metric] - plain[s]["metrics"][metric] for s in shared]
             values = [by_seed[seed]["metrics"][metric] for seed in sorted(by_seed)]
             devices = ", ".join(dict.fromkeys(str(row.get("device", "–")) for row in by_seed.values()))
             change = paired(differences) if differences else "–"
             body.append([dataset, method, metric, mean_sd(values), change, str(len(values)), devices])
-    title = ["dataset", "method", "metric", "mean ± sd", f"difference to {BASELINE} ± sd [95 %]", "seeds", "device"]
+    title = ["dataset", "method", "metric", "mean ± sd", f"difference to {base} ± sd [95 %]", "seeds", "device"]
     return markdown(title, body, right=title[3:6])
 
 

@@ -351,10 +351,11 @@ def run(job: Job) -> None:
     with artifact.create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
         (draft.path / "model.engine").write_bytes(plan)
         artifact.write_json(draft.path / "layers.json", layers)
-        shutil.copyfile(source / "samples.npz", draft.path / "samples.npz")
+        draft.extra = artifact.carried(manifest)
+        for name in ("samples.npz", *draft.extra.get("ships", ())):
+            shutil.copyfile(source / name, draft.path / name)
         draft.ports = manifest.ports
         draft.metrics = {"build_seconds": info.pop("build_seconds"), "plan_bytes": len(plan)}
-        draft.extra = {key: manifest.extra[key] for key in ("parameters", "task") if key in manifest.extra}
         draft.extra |= info | {"precision": precision}
         draft.versions = artifact.versions("tensorrt", "tensorrt-cu13", "tensorrt-rtx-cu13", "tensorrt-rtx")
     console.print(f"    {len(plan) / 2**20:.2f} MiB in {draft.metrics['build_seconds']:.1f} s", markup=False)

@@ -20,7 +20,7 @@ from export.precision import cpu_call, opset_of
 from export.verify import ParityError, compare, evenly, predict
 from toolchain.artifact import EdgestillError, Port, create, verify, versions
 from toolchain.stage import Job, console, main
-from toolchain.tasks import Split, load_data, load_task, save_npz
+from toolchain.tasks import Split, as_fed, load_data, load_task, save_npz
 
 Arrays = dict[str, NDArray[Any]]
 MODEL = "model.onnx"
@@ -45,6 +45,7 @@ class Deployable(Protocol):
     outputs: list[Port]
     example: dict[str, Tensor]
     dynamic: dict[str, dict[int, str]]
+    # Where the graph needs them, files to ship beside it: ``files`` (name -> text) and ``arrays`` (name -> array).
 
 
 def run(job: Job) -> None:
@@ -59,16 +60,16 @@ def run(job: Job) -> None:
     console.print(f"    exporting {which} to ONNX, opset {settings['opset']}", markup=False)
     with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
         path = draft.path / MODEL
+        ships = ship(ready, draft.path)
         graph = export(ready, path, settings["opset"])
         found = cpu_call(str(path))
         expected = call_torch(ready)
-        val = data.splits["val"]
+        val, test = (as_fed(data.splits[name], draft.path) for name in ("val", "test"))
         parity = settings["parity"]
         prove_batches(expected, found, val, parity["limits"]["fp32"]["max_difference"])
         split = val.select(evenly(len(val), parity["samples"]))
         reference, candidate = (predict(call, split, PARITY_BATCH) for call in (expected, found))
         report = compare(reference, candidate, split, task, parity["limits"]["fp32"]).check("fp32")
-        test = data.splits["test"]
         feeds: Any = test.feed(slice(0, SAMPLES))
         save_npz(draft.path / "samples.npz", feeds)
         draft.set_ports(ready.inputs, ready.outputs)
@@ -82,6 +83,8 @@ def run(job: Job) -> None:
             "trained_parameters": sum(parameter.numel() for parameter in model.parameters()),
             "float_nodes": [],
             "verify": report.as_dict(),
+            "ships": ships,
+            "mask": test.mask,
             "info": info,
             "method": manifest.config.get("method"),
         }
@@ -91,6 +94,16 @@ def run(job: Job) -> None:
         f"{max((value for value in report.max_difference.values() if value is not None), default=0.0):.2g}",
         markup=False,
     )
+
+
+def ship(ready: Deployable, folder: Path) -> list[str]:
+    """Write what goes beside the graph; the names of those files."""
+    files, arrays = getattr(ready, "files", {}), getattr(ready, "arrays", {})
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name, array in arrays.items():
+        np.save(folder / name, array, allow_pickle=False)
+    return sorted({*files, *arrays})
 
 
 def export(ready: Deployable, path: Path, opset: int) -> onnx.ModelProto:

@@ -24,7 +24,7 @@ from export.verify import Arrays, Report, compare, evenly, predict
 from toolchain import artifact, runtime
 from toolchain.onnx_runtime import CRASHES
 from toolchain.stage import Job, console, main, progress
-from toolchain.tasks import Split, load_data, load_task
+from toolchain.tasks import Split, as_fed, load_data, load_task
 
 BATCH = 64
 # Of int8-trt, whose scales are half: below this, half's spacing would be coarser than int8's own rounding.
@@ -269,12 +269,12 @@ def run(job: Job) -> None:
     data, task = load_data(job.inputs["data"]), load_task(job.config["task"])
     manifest = artifact.verify(source)
     model = name_nodes(onnx.load(source / "model.onnx"))
-    val, train = data.splits["val"], data.splits["train"]
+    val, train = (as_fed(data.splits[name], source) for name in ("val", "train"))
     held_out = val.select(evenly(len(val), parity["samples"]))
     with runtime.load(source) as reference:
         gate = Gate(held_out, predict(reference, held_out, BATCH), task, parity["limits"][precision])
 
-    extra: dict[str, Any] = {key: manifest.extra[key] for key in ("parameters", "task") if key in manifest.extra}
+    extra = artifact.carried(manifest)
     if precision == "fp16":
         made, report, extra["fp32_islands"] = half_with_islands(model, gate)
     elif precision == "int8-cpu" and settings["dynamic_int8"]:
@@ -298,7 +298,8 @@ def run(job: Job) -> None:
     report.check(precision)
     with artifact.create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
         onnx.save(made, draft.path / "model.onnx")
-        shutil.copyfile(source / "samples.npz", draft.path / "samples.npz")
+        for name in ("samples.npz", *extra.get("ships", ())):
+            shutil.copyfile(source / name, draft.path / name)
         draft.ports = manifest.ports
         draft.extra = extra | {
             "precision": precision,

@@ -75,7 +75,7 @@ def predict(call: Call, split: Split, batch: int) -> dict[str, np.ndarray]:
                     f"output {name!r}: expected {stop - start} rows for a batch of {stop - start}, found shape "
                     f"{array.shape}; export the graph with a dynamic batch as axis 0"
                 )
-            parts.setdefault(name, []).append(array)
+            parts.setdefault(name, []).append(split.whole(array))
     return {name: np.concatenate(arrays) for name, arrays in parts.items()}
 
 

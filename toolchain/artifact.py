@@ -226,6 +226,11 @@ class Draft:
         self.ports = {"inputs": [asdict(port) for port in inputs], "outputs": [asdict(port) for port in outputs]}
 
 
+def carried(manifest: Manifest) -> dict[str, Any]:
+    """What a graph's ``extra`` hands on to what is made of it; ``ships`` names the files that go with it."""
+    return {key: manifest.extra[key] for key in ("parameters", "task", "ships", "mask") if key in manifest.extra}
+
+
 def inputs_of(folders: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     """Role -> path and content id, as a manifest records them."""
     return {role: {"path": str(folder), "id": read(folder).id} for role, folder in sorted(folders.items())}

@@ -272,6 +272,7 @@ def validate(
     task = _task(value.get("task"), faults) if "task" in value else None
     method = _method(value.get("method"), faults) if "method" in value else None
     if task is not None:
+        value = _below(value, getattr(task, "DEFAULTS", {}))
         models = {"data": task.DataSection, "student": task.StudentSection, "teacher": task.TeacherSection}
         for key, model in models.items():
             if model is None or (key == "teacher" and value.get(key) is None):
@@ -282,7 +283,7 @@ def validate(
                 sections[key] = _section(model, value.get(key), (key,), faults)
     if method is not None:
         sections["method"] = _section(method, value["method"], ("method",), faults)
-    rest = _over(getattr(task, "DEFAULTS", {}), {key: item for key, item in value.items() if key not in sections})
+    rest = {key: item for key, item in value.items() if key not in sections}
     config = _section(
         Config, rest | {key: sections.get(key, {}) for key in ("data", "method") if key in value}, (), faults
     )
@@ -305,13 +306,16 @@ def validate(
     return config
 
 
-def _over(defaults: Mapping[str, Any], value: Mapping[str, Any]) -> dict[str, Any]:
-    """``value`` with what it leaves out taken from the task's ``defaults``, key by key."""
-    merged = dict(defaults) | dict(value)
-    for key, below in defaults.items():
-        if isinstance(below, Mapping) and isinstance(value.get(key), Mapping):
-            merged[key] = _over(below, value[key])
-    return merged
+def _below(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """``value`` with ``defaults`` where it has nothing of its own, inside its sections too."""
+    found = dict(value)
+    for key, item in defaults.items():
+        mine = found.get(key)
+        if mine is None:
+            found[key] = item
+        elif isinstance(mine, Mapping) and isinstance(item, Mapping):
+            found[key] = _below(mine, item)
+    return found
 
 
 S = TypeVar("S", bound=BaseModel)

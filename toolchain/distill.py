@@ -33,9 +33,9 @@ class Trained:
     run: Run
 
 
-def train_student(cfg: Config, data: Data, inputs: dict[str, Path], work: Path) -> Trained:
-    """The config's method, from start or from where a killed training under ``work`` stopped."""
-    this = Run(cfg, data, inputs, work)
+def train_student(cfg: Config, data: Data, inputs: dict[str, Path], work: Path, shared: Path | None = None) -> Trained:
+    """The config's method, from start or from where a killed training under ``work`` stopped; ``shared``: see Run."""
+    this = Run(cfg, data, inputs, work, shared=shared)
     student = load_method(cfg.method.name).distill(cfg, this)
     val = {name: float(value) for name, value in this.scorer()(student).items()}
     return Trained(student, val, this)
@@ -61,9 +61,11 @@ def write(trained: Trained, out: Path, config: dict[str, Any]) -> None:
     records = trained.run.records
     with create(out, stage="student", config=config, inputs=trained.run.inputs) as draft:
         save_tensors(draft.path / "model.safetensors", trained.student.state_dict())
+        if hasattr(trained.run.task, "save_student"):
+            trained.run.task.save_student(trained.student, draft.path)
         (draft.path / "train.jsonl").write_text(read_metrics(trained.run), encoding="utf-8")
         draft.metrics = {"val": trained.val}
-        draft.versions = versions("torch", "accelerate", "safetensors", "timm", "numpy")
+        draft.versions = versions("torch", "accelerate", "safetensors", "timm", "transformers", "numpy")
         draft.extra = {
             "info": trained.run.data.info,
             "method": trained.run.cfg.method.name,

@@ -113,6 +113,39 @@ PUBLIC: dict[str, tuple[Remote, ...]] = {
         ),
     ),
     **{f"eth_ucy/{scene}": _eth_ucy(scene) for scene in ETH_UCY},
+    "xquad": tuple(
+        Remote(
+            f"https://raw.githubusercontent.com/google-deepmind/xquad/7d30520c717524000f0d9d2f9c10a069acd9d285/xquad.{language}.json",
+            sha256,
+            size,
+        )
+        for language, size, sha256 in (
+            ("ar", 1582988, "abdabd7afed5c635d99cca0f3f0d0c9d9ed0bc77451e963c2e4e0638c29e486d"),
+            ("de", 669810, "990b5d746746ed65ed4702ea5f35f99ffa4e2f1c390c07d003642acd937916f9"),
+            ("el", 1918889, "821cf0f88e73fa258fd2f548b19b6ec39f7025059e16f6f9fc8cd797c9c3663e"),
+            ("en", 609383, "e4c57d1c9143aaa1c5d265ba5987a65f4e69528d2a98f29d6e75019b10344f29"),
+            ("es", 684322, "dcbae93ec3a9f4b9e78fd834a171d6f96c1a875e10e15b7530b7e4ef4971e37e"),
+            ("hi", 1680538, "df2cce3532b37e9beb8979704b5c9a4bf874358f105395a298b89427b43b9d24"),
+            ("ro", 661158, "94f8d54e93ad2b7dd2e76dd921a666b5b8eff2d4379df9f179c42b445f09643f"),
+            ("ru", 1896368, "208d5b1aa154c52b1b5c5eda16281e455e8fd198cdb9af3f469f0d6037d973bf"),
+            ("th", 1809143, "5cdda11d0e1e075f7872abf4e6ae830388ce7f617964d542308e9ae4257e0f43"),
+            ("tr", 729506, "92179a564774b7696100d144c1e10870d0a966b6fccbdd254a65b9d2ab1971cc"),
+            ("vi", 911401, "f619a1eb11fb42d3ab0834259e488a65f585447ef6154437bfb7199d85161a04"),
+            ("zh", 808652, "691d0b3359bc6b8faa8de931dfdfe21d50a65861ae348e32a0d1a0190b0c8835"),
+        )
+    ),
+    "squad": (
+        Remote(
+            "https://rajpurkar.github.io/SQuAD-explorer/dataset/train-v1.1.json",
+            "3527663986b8295af4f7fcdff1ba1ff3f72d07d61a20f487cb238a6ef92fd955",
+            30288272,
+        ),
+        Remote(
+            "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v1.1.json",
+            "95aa6a52d5d6a735563366753ca50492a658031da74f301ac5238b03966972c9",
+            4854279,
+        ),
+    ),
 }
 
 

@@ -47,6 +47,33 @@ def hinton_kd(student: Tensor, teacher: Tensor, temperature: float, mask: Tensor
     return temperature**2 * kl(teacher.float() / temperature, student.float() / temperature, mask)
 
 
+def weighted_kd(student: Tensor, teacher: Tensor, temperature: float, weight: Tensor) -> Tensor:
+    """``hinton_kd`` of logits (B, C, ...) with a ``weight`` (B,) for each sample: mean of weight times KL."""
+    p, q = (F.log_softmax(logits.float() / temperature, 1) for logits in (teacher, student))
+    each = (p.exp() * (p - q)).sum(1)
+    return temperature**2 * (each * weight.reshape(-1, *[1] * (each.ndim - 1))).mean()
+
+
+def hit_precision(
+    logits: Tensor, label: Tensor, k: int = 10, below: int = 5, above: int = 4, every_hit: bool = False
+) -> Tensor:
+    """How high the right positions stand in the ranking of ``logits`` (B, S, ...), in [0, 1] like ``label`` (B, ...).
+
+    Of the ``k`` best positions those in label - below .. label + above are hits. 1 / rank of the first hit, 0 without
+    one: what the "mAP@k" of Carrino et al., arXiv 2309.17134, is in their code. ``every_hit`` gives the true AP@k:
+    precision at each hit's rank, summed, over min(number of right positions, k).
+    """
+    size = logits.shape[1]
+    order = logits.detach().float().sort(stable=True, dim=1, descending=True).indices[:, : min(k, size)]
+    hit = ((order >= label[:, None] - below) & (order <= label[:, None] + above)).float()
+    rank = torch.arange(1, order.shape[1] + 1, device=logits.device, dtype=torch.float32)
+    rank = rank.reshape(1, -1, *[1] * (label.ndim - 1))
+    if not every_hit:
+        return (hit / rank).amax(1)
+    right = (label + above).clamp(max=size - 1) - (label - below).clamp(min=0) + 1
+    return (hit * hit.cumsum(1) / rank).sum(1) / right.clamp(max=k)
+
+
 def fitnet(projected: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared difference of projected student features and teacher features, both (B, L, C).
 

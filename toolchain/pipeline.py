@@ -39,13 +39,17 @@ class Terminated(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class Stage:
-    """``inputs`` maps roles to names of earlier stages; an ``optional`` stage may fail without ending the run."""
+    """``inputs`` maps roles to names of earlier stages; an ``optional`` stage may fail without ending the run.
+
+    ``packages`` are needed beside those that the module always needs.
+    """
 
     name: str
     module: str
     config: dict[str, Any]
     inputs: dict[str, str] = field(default_factory=dict)
     optional: bool = False
+    packages: tuple[str, ...] = ()
 
 
 NEEDED = {
@@ -71,7 +75,8 @@ def plan(cfg: Config) -> list[Stage]:
         found = {key: states[key] for key in keys if states.get(key)}
         return sections(*keys) | ({"files": found} if found else {})
 
-    stages = [Stage("data", "toolchain.stages", config("task", "data"))]
+    packages = tuple(getattr(task, "PACKAGES", ()))
+    stages = [Stage("data", "toolchain.stages", config("task", "data"), packages=packages)]
     taught = list(task.STAGES) if cfg.teacher is not None else []
     for name in taught:
         inputs = {stage.name: stage.name for stage in stages}
@@ -124,7 +129,7 @@ def measure(cfg: Config, stages: Sequence[Stage], failed: Mapping[str, str]) -> 
 
 def missing_packages(stages: Sequence[Stage]) -> list[str]:
     """What the whole plan needs and this environment lacks, with the command that installs it."""
-    needed = dict.fromkeys(package for stage in stages for package in NEEDED.get(stage.module, ()))
+    needed = dict.fromkeys(p for stage in stages for p in (*NEEDED.get(stage.module, ()), *stage.packages))
     absent = [package for package in needed if importlib.util.find_spec(package) is None]
     return [f"{name} is not installed: pip install '{EXTRA.get(name, 'edgestill[distill]')}'" for name in absent]
 

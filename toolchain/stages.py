@@ -18,7 +18,7 @@ def run(job: Job) -> None:
     with create(job.out, stage=job.stage, config=job.config) as draft:
         save_data(draft.path, data)
         draft.metrics = {"samples": {name: len(split) for name, split in data.splits.items()}}
-        draft.versions = versions("numpy", "pillow", "scikit-learn")
+        draft.versions = versions("numpy", "pillow", "scikit-learn", "tokenizers")
     if note := data.info.get("note"):
         console.print(f"    note: {note}", style="yellow", markup=False)
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,9 @@ from toolchain.stage import Job, console, main
 from toolchain.tasks import digits_of, load_data
 
 SECTIONS = ("seed", "task", "data", "teacher", "student", "method", "train")  # what a student depends on
+
+if TYPE_CHECKING:
+    from toolchain.distill import Trained
 
 
 class StudySection(Section):
@@ -223,11 +226,11 @@ def work_off(job: Job) -> None:
         start = time.perf_counter()
         folder = job.work / f"{item['dataset']}-{item['method']}-{item['seed']}-{item['sha256'][:8]}"
         try:
-            trained = train_student(cfg, data, job.inputs, folder)
+            trained = train_student(cfg, data, job.inputs, folder, job.work / "shared")
         except EdgestillError as error:
             failures.append(f"{item['method']} seed {item['seed']}: {error}")
             continue
-        test = {name: float(value) for name, value in trained.run.scorer("test")(trained.student).items()}
+        test = _tested(trained, job.out.parent / "samples", f"{item['dataset']}-{item['method']}-{item['seed']}")
         if job.config["keep"]:
             place = Path(job.config["keep"]) / f"{item['dataset']}-{item['method']}-{item['seed']}"
             write(trained, place, cfg.section(*SECTIONS))
@@ -270,6 +273,16 @@ def selected(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         for metric, value in record["scores"].items()
         if metric != "selection"
     }
+
+
+def _tested(trained: Trained, samples: Path, name: str) -> dict[str, float]:
+    """Scores on the test split; where the task tells samples apart, their scores go to ``samples/<name>.json``."""
+    if not hasattr(trained.run.task, "examined"):
+        return {name: float(value) for name, value in trained.run.scorer("test")(trained.student).items()}
+    scores, each = trained.run.task.examined(trained.run, trained.student)
+    samples.mkdir(parents=True, exist_ok=True)
+    artifact.write_json(samples / f"{name}.json", each)
+    return {name: float(value) for name, value in scores.items()}
 
 
 def device() -> str:

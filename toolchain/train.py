@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +35,7 @@ from toolchain.tasks import Data, load_task
 
 Score = Callable[[nn.Module], Mapping[str, float]]
 Moments = dict[str, float]
+SECTIONS = ("seed", "task", "data", "teacher", "student", "method")  # that a stage depends on
 DRAIN_STEPS = 32  # on an accelerator, steps between two looks at the losses: a look waits for the device
 
 
@@ -86,7 +87,8 @@ class Run:
     """What a method's ``distill(cfg, run)`` works with; usable without a pipeline.
 
     ``inputs`` maps roles (``data``, ``features``, ``teacher``) to artifacts; under ``work`` lie checkpoints and
-    finished stages. ``records`` gets one summary per stage.
+    finished stages. ``records`` gets one summary per stage, ``folders`` its artifact. In ``shared``, where there is
+    such a folder, lie stages that other runs may take over.
     """
 
     cfg: Config
@@ -96,6 +98,8 @@ class Run:
     quiet: bool = False
     task: Any = None
     records: list[dict[str, Any]] = field(default_factory=list)
+    folders: list[Path] = field(default_factory=list)
+    shared: Path | None = None
 
     def __post_init__(self) -> None:
         self.task = self.task or load_task(self.cfg.task)
@@ -145,26 +149,31 @@ class Run:
         recipe: TrainSection,
         score: Score | None = None,
         watch: Mapping[str, Score] | None = None,
+        *,
+        sections: Sequence[str] = SECTIONS,
     ) -> nn.Module:
         """Train ``distiller`` and return its student; a stage that an earlier run finished is loaded instead.
 
-        The whole distiller ends with the trained weights. The first value of ``score`` selects the best epoch when
-        the recipe asks for it. Scores to ``watch`` select nothing: each is logged, and the record's ``watched`` holds
-        the values of the epoch that is best by its own first one. Raises TrainingError when loss or gradient are not
-        finite.
+        ``sections`` of the config decide, with recipe, inputs and weights, whether it is the same stage; runs with the
+        same ``shared`` folder share a stage that leaves some out. The whole distiller ends with the trained weights.
+        The first value of ``score`` selects the best epoch when the recipe asks for it. Scores to ``watch`` select
+        nothing: each is logged, and the record's ``watched`` holds the values of the epoch that is best by its own
+        first one. Raises TrainingError when loss or gradient are not finite.
         """
         if recipe.select == "best" and score is None:
             raise TrainingError(f"stage {name}: train.select=best needs a score to select by; use last")
-        sections = self.cfg.section("seed", "task", "data", "teacher", "student", "method")
         inputs = {role: artifact.read(folder).id for role, folder in sorted(self.inputs.items())}
         kept = recipe.model_dump(mode="json", exclude={"checkpoint_seconds"})
-        key = artifact.digest([name, sections, kept, inputs, fingerprint(distiller)])
+        key = artifact.digest([name, self.cfg.section(*sections), kept, inputs, fingerprint(distiller)])
         folder = self.work / "stages" / name
+        if self.shared is not None and sections != SECTIONS:
+            folder = self.shared / f"{name}-{key[:16]}"
         if not self._load(folder, key, distiller):
             self.seed(name)
             _Training(self, name, key, distiller, batches, recipe, score, watch or {}).fit(folder)
         shutil.rmtree(self.work / name, ignore_errors=True)
         self.records.append(artifact.read(folder).extra)
+        self.folders.append(folder)
         self.seed(name, "done")
         return distiller.student
 
@@ -463,5 +472,4 @@ def _silent(name: str, total: int) -> Iterator[Bar]:
 
 def read_metrics(run: Run) -> str:
     """The JSON Lines of all finished stages of ``run``, in order."""
-    paths = [run.work / "stages" / record["name"] / "train.jsonl" for record in run.records]
-    return "".join(path.read_text(encoding="utf-8") for path in paths)
+    return "".join((folder / "train.jsonl").read_text(encoding="utf-8") for folder in run.folders)

@@ -14,6 +14,7 @@ from benchmarks import latency
 from benchmarks.latency import BenchError, Subject, Worker, measure, percentile, summarise, summarise_paced
 from tests.benchmarks.models import INPUTS, OUTPUTS, data_x, write_engine, write_onnx
 from toolchain.runtime import FakeRuntime
+from toolchain.tasks import Split
 
 SETTINGS = {"batches": [1, 4], "seconds": 0.06, "rounds": 3, "warmup_ms": 5.0, "paced_fps": 200.0, "paced_seconds": 0.1}
 
@@ -26,7 +27,7 @@ def subject(sleep_s: float = 0.0, seen: list[Any] | None = None) -> Subject:
         batch = len(feeds["x"])
         return {"probabilities": np.zeros((batch, 3), np.float32), "label": np.zeros(batch, np.int64)}
 
-    return Subject(FakeRuntime(INPUTS, OUTPUTS, function), {"x": data_x(10)})
+    return Subject(FakeRuntime(INPUTS, OUTPUTS, function), Split({"x": data_x(10)}, ("x",)))
 
 
 def test_percentiles_are_given_only_where_the_count_carries_them() -> None:

@@ -169,6 +169,67 @@ class PPTStudent(Section):
     ranking: Weight = 1.0
 
 
+class Recipe(Section):
+    """Keys of ``train`` that a stage of its own has otherwise."""
+
+    epochs: Positive | None = None
+    batch_size: Positive | None = None
+    accumulate: Positive | None = None
+    lr: Annotated[float, Field(gt=0)] | None = None
+    warmup: Fraction | None = None
+
+
+class SelfDistillation(Section):
+    """Generations of an extractive question answering model, each taught by the one before; ``train`` is the recipe of
+    the cross-lingual stage, ``first`` of the stage in one language before it (None leaves it out).
+
+    The loss is ``ce`` x cross-entropy + ``kd`` x coefficient x KD. ``coefficient``: ``map`` is how high the right
+    positions stand among the teacher's ``k`` best, ``constant`` is 1. ``strict`` counts the very position alone,
+    ``symmetric`` also the fifth position behind it; ``every_hit`` is the true AP@k; ``per_example`` gives each window
+    its own coefficient. ``stop``: the stage after which to stop, to measure what the first one alone reaches.
+    ``cache``: compute a generation's teacher logits once, before its first step.
+    """
+
+    name: Literal["self_distillation"]
+    first: Recipe | None = Recipe()
+    stop: Literal["first", "generations"] = "generations"
+    ce: Weight = 1.0
+    kd: Weight = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    coefficient: Literal["map", "constant"] = "map"
+    k: Positive = 10
+    tolerance: Annotated[int, Field(ge=0)] = 5
+    symmetric: bool = False
+    strict: bool = False
+    every_hit: bool = False
+    per_example: bool = False
+    cache: bool = True
+
+    @model_validator(mode="after")
+    def _sound(self) -> SelfDistillation:
+        if not self.ce and not self.kd:
+            raise ValueError("ce and kd are both 0, so there is nothing to learn from")
+        if self.stop == "first" and self.first is None:
+            raise ValueError("stop: first needs the first stage; give first a section")
+        return self
+
+
+class QaStudent(Section):
+    """A smaller encoder out of the teacher's layers and vocabulary, distilled from it on all training windows.
+
+    ``ce``, ``kd`` and ``hidden`` weigh cross-entropy, softened logits, and the squared difference of layer-normalised
+    hidden states. ``vocabulary``: ``used`` keeps the pieces of the training texts and ``extra_pieces`` others.
+    """
+
+    name: Literal["qa_student"]
+    ce: Weight = 0.5
+    kd: Weight = 1.0
+    hidden: Weight = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    vocabulary: Literal["used", "full"] = "used"
+    extra_pieces: Annotated[int, Field(ge=0)] = 0
+
+
 OPTIONS: dict[str, type[Section]] = {
     "plain": Plain,
     "fitnet": FitNet,
@@ -178,6 +239,9 @@ OPTIONS: dict[str, type[Section]] = {
     "prockd": ProCKD,
     "ppt": PPT,
     "ppt_student": PPTStudent,
+    "self_distillation": SelfDistillation,
+    "qa_student": QaStudent,
 }
 TRAJECTORY = frozenset({"ppt", "ppt_student"})
-NEEDS_TEACHER = frozenset(OPTIONS) - TRAJECTORY - {"plain"}
+QUESTIONS = frozenset({"self_distillation", "qa_student"})
+NEEDS_TEACHER = frozenset(OPTIONS) - TRAJECTORY - QUESTIONS - {"plain"}

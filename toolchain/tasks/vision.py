@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from toolchain.artifact import EdgestillError, digest, sha256
-from toolchain.methods.options import NEEDS_TEACHER, TRAJECTORY
+from toolchain.methods.options import NEEDS_TEACHER, QUESTIONS, TRAJECTORY
 from toolchain.section import Section
 
 if TYPE_CHECKING:
@@ -212,9 +212,10 @@ def check(config: Any, height: int, width: int) -> list[tuple[tuple[Any, ...], s
     """Faults between sections that image tasks share, as (key path, message)."""
     faults: list[tuple[tuple[Any, ...], str]] = []
     method = getattr(config.method, "name", None)
-    if method in TRAJECTORY:
-        faults.append((("method",), f"{method} is for trajectories; for pictures choose another, such as prockd"))
-    if config.teacher is None and method in NEEDS_TEACHER:
+    if method in TRAJECTORY | QUESTIONS:
+        kind = "trajectories" if method in TRAJECTORY else "questions"
+        faults.append((("method",), f"{method} is for {kind}; for pictures choose another, such as prockd"))
+    elif config.teacher is None and method in NEEDS_TEACHER:
         faults.append(
             (("teacher",), f"method {method} learns from a teacher; add a teacher section, or use method: plain")
         )

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.toolchain.methods.doubles import same, weights
+from tests.toolchain.qa_doubles import SMALL, data, net, run
+from tests.toolchain.tasks.test_qa_nets import saved
+from toolchain.methods.options import QaStudent
+from toolchain.methods.qa_student import Smaller, distill, state_distance
+from toolchain.tasks.qa_batches import SpanBatches
+from toolchain.tasks.qa_nets import layers_of, smaller
+from toolchain.tasks.qa_tokenizer import TokenizerError
+
+METHOD = {"name": "qa_student"}
+
+
+def test_the_distance_is_of_normalised_states_where_there_are_tokens() -> None:
+    a, b = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    naive = 0.0
+    for row, place in ((0, 0), (0, 1), (1, 0)):
+        x, y = a[row, place], b[row, place]
+        x, y = ((v - v.mean()) / (v.var(unbiased=False) + 1e-5).sqrt() for v in (x, y))
+        naive += float((x - y).square().mean()) / 3
+    assert float(state_distance(a, b, mask)) == pytest.approx(naive, rel=1e-4)
+    assert float(state_distance(a, 3 * a + 1, mask)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_whole_copy_starts_where_its_teacher_is(tmp_path: Path) -> None:
+    teacher = net(tmp_path)
+    distiller = Smaller(smaller(teacher, [0, 1], None), teacher, [0, 1], QaStudent(name="qa_student", ce=0)).eval()
+    out = distiller(next(SpanBatches(run(tmp_path), ("train",), 8).epoch(0)))
+    assert float(out["loss"].detach()) == pytest.approx(0, abs=1e-6)
+    assert distiller.pairs == [(0, 0), (1, 1), (2, 2)]
+    assert not any(p.requires_grad for p in distiller.teacher.module.parameters())
+
+
+def test_a_smaller_student_learns_from_the_teachers_artifact(tmp_path: Path) -> None:
+    teacher = net(tmp_path / "t")
+    before = weights(teacher)
+    inputs = {"teacher": saved(teacher, tmp_path / "teacher")}
+    sections = {"method": METHOD, "teacher": {"options": SMALL}, "student": {"layers": 1}}
+    sections |= {"train": {"epochs": 2, "batch_size": 8, "lr": 3e-3}}
+    this = run(tmp_path / "run", inputs, **sections)
+    student = distill(this.cfg, this)
+    assert len(layers_of(student.encoder)) == 1
+    assert student.encoder.config.vocab_size < data().info["pieces"]
+    found = weights(student)
+    assert same(found, weights(distill(this.cfg, run(tmp_path / "again", inputs, **sections))))
+    assert same(before, weights(teacher))
+    assert this.records[0]["name"] == "student"
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    teacher = smaller(net(tmp_path / "t"), [0, 1], torch.arange(0, 60).numpy())
+    inputs = {"teacher": saved(teacher, tmp_path / "teacher")}
+    this = run(tmp_path / "run", inputs, method=METHOD, teacher={"options": SMALL}, student={})
+    with pytest.raises(TokenizerError, match="the teacher was made with another tokenizer"):
+        distill(this.cfg, this)

@@ -1,0 +1,266 @@
+"""From question sets to the data artifact: which articles train and which are held out, sampled, cut into windows.
+
+Splits: ``first`` (one language, for the first stage; may be absent), ``train`` (the cross-lingual sample), ``val`` and
+``test`` (every pair of languages; in ``test`` also languages that were never trained on). A row is a window.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from toolchain.qa_windows import Cut, Layout, arrays, label_of, layout_of, windows
+from toolchain.tasks import Arrays, Data, Split, qa_readers
+from toolchain.tasks.datasets import DataError
+from toolchain.tasks.qa_readers import Question, aligned, all_pairs, article_split, check_leak, name_of, sample_pairs
+from toolchain.tasks.qa_templates import articles
+from toolchain.tasks.qa_tokenizer import TOKENIZER, parse, read_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from toolchain.tasks.qa import DataSection
+
+ByLanguage = Mapping[str, Sequence[Question]]
+FEEDS = ("input_ids", "attention_mask")
+CELLS, UNSEEN, TYDIQA = "cells", "unseen", "tydiqa"  # parts of a scored split
+TRAINED_PIECES = 2000
+
+
+@dataclass
+class Sets:
+    """Questions by use; ``val`` and ``test`` by part."""
+
+    first: list[Question]
+    train: dict[str, dict[str, Question]]
+    val: dict[str, list[Question]]
+    test: dict[str, list[Question]]
+    notes: list[str] = field(default_factory=list)
+    tokenizer: str | None = None  # where the source brings its own
+
+
+def assemble(section: DataSection) -> Data:
+    """Raises DataError, DownloadError, TokenizerError, WindowError."""
+    sets = {"templates": _templates, "xquad": _xquad, "folder": _folder}[section.source](section)
+    _check(sets)
+    train = sample_pairs(
+        sets.train, section.languages, section.ntl, section.sampling_seed, section.pivot, section.keep_pivot
+    )
+    if not train:
+        raise DataError("no aligned training question in the languages asked for; check data.languages")
+    text = sets.tokenizer or read_tokenizer(str(section.tokenizer))
+    maker = _Maker(text, section)
+    splits = {"first": maker.split(sets.first, section.first_windows)} if sets.first else {}
+    splits["train"] = maker.split(train)
+    splits |= {name: maker.scored(parts) for name, parts in (("val", sets.val), ("test", sets.test))}
+    info = {
+        "languages": list(section.languages),
+        "pieces": parse(text).get_vocab_size(),
+        "windows": section.windows.model_dump(),
+        "positions": max(one.max_length for one in (section.windows, section.first_windows or section.windows)),
+        "typed": maker.layout.typed,
+        "separator": maker.layout.suffix[0],
+        "pad": maker.layout.pad,
+        "pairs": _pairs(train),
+        "questions": {"first": len(sets.first), "train ids": len(sets.train), "train": len(train)},
+        "note": " ".join(sets.notes) or None,
+    }
+    return Data(splits, info, {TOKENIZER: text})
+
+
+def _check(sets: Sets) -> None:
+    trained = [*sets.first, *(question for here in sets.train.values() for question in here.values())]
+    sides = {
+        name: [question for part in parts.values() for question in part]
+        for name, parts in (("the validation split", sets.val), ("the test split", sets.test))
+    }
+    for name, held_out in sides.items():
+        check_leak(trained, held_out, name)
+    check_leak(sides["the validation split"], sides["the test split"], "the test split, and chosen by")
+
+
+def _pairs(train: Sequence[Question]) -> dict[str, Any]:
+    """How often each language pair is in the sample, with mean and standard deviation."""
+    counts = Counter("-".join(question.cell) for question in train)
+    values = list(counts.values())
+    return {"mean": float(np.mean(values)), "sd": float(np.std(values)), "counts": dict(sorted(counts.items()))}
+
+
+def _few(names: Sequence[str], most: int | None) -> list[str]:
+    """At most ``most`` of ``names``, always the same ones."""
+    order = sorted(names)
+    random.Random(0).shuffle(order)
+    return sorted(order if most is None else order[:most])
+
+
+def _of(questions: Sequence[Question], most: int | None) -> list[Question]:
+    kept = set(_few([question.id for question in questions], most))
+    return [question for question in questions if question.id in kept]
+
+
+# --- sources
+
+
+def _templates(section: DataSection) -> Sets:
+    first, train, val, test = (
+        articles(part, count, section.sampling_seed)
+        for part, count in zip(("first", "train", "val", "test"), section.articles, strict=True)
+    )
+    note = "Texts are made of templates: the scores say that the chain works, nothing about real questions."
+    sets = _sets(section, first[section.pivot], train, val, test, [note])
+    known = (question for part in (first, train) for questions in part.values() for question in questions)
+    texts = {text for question in known for text in (question.question, question.context)}
+    sets.tokenizer = train_tokenizer(texts, TRAINED_PIECES)
+    return sets
+
+
+def _folder(section: DataSection) -> Sets:
+    folder = Path(str(section.path)).expanduser()
+    parts = {part: qa_readers.own_files(folder, part, section.languages) for part in ("train", "val", "test")}
+    first = folder / f"first.{section.pivot}.json"
+    questions = qa_readers.read_squad(first, section.pivot) if first.is_file() else []
+    return _sets(section, questions, parts["train"], parts["val"], parts["test"], [])
+
+
+def _xquad(section: DataSection) -> Sets:
+    root, download = qa_readers.qa_root(section.path), section.download
+    everything = {
+        language: qa_readers.xquad(language, root, download) for language in (*section.languages, *section.unseen)
+    }
+    titles = {question.title for question in everything[section.pivot]}
+    train, val, test = article_split(titles) if section.evaluate == "xquad" else (titles, set(), titles)
+    trained, chosen, tested = (
+        {language: [q for q in questions if q.title in part] for language, questions in everything.items()}
+        for part in (train, val, test)
+    )
+    first, notes = _first(section, root, train, titles - train)
+    notes.append(
+        "Not comparable with published XQuAD numbers: its articles are training data here, and scores are on held-out "
+        "articles."
+        if section.evaluate == "xquad"
+        else "XQuAD's trained languages are training data here, no test set."
+    )
+    if section.evaluate == "xquad":
+        sets = _sets(section, first, trained, chosen, tested, notes)
+    else:
+        sets = _sets(section, first, trained, {}, {}, notes)
+        for part, name in ((sets.val, "dev"), (sets.test, "test")):
+            pairs = [
+                replace(question, id=f"{question.id}_{q}-{c}")
+                for q in section.languages
+                for c in section.languages
+                for question in _of(qa_readers.mlqa(q, c, name, root), section.eval_questions)
+            ]
+            part[CELLS] = pairs
+    if section.tydiqa:
+        sets.test[TYDIQA] = [
+            question
+            for language in section.tydiqa
+            for question in _of(qa_readers.tydiqa(language, "dev", root), section.eval_questions)
+        ]
+    return sets
+
+
+def _first(section: DataSection, root: Path, train: set[str], held_out: set[str]) -> tuple[list[Question], list[str]]:
+    """Questions of the first stage; articles that are held out elsewhere are left out of it, and counted in a note."""
+    found: list[Question] = []
+    if "squad_train" in section.first:
+        found += qa_readers.squad_train(root, section.download)
+    if "squad_dev" in section.first:
+        found += [q for q in qa_readers.squad_dev(root, section.download) if q.title in train]
+    if "tydiqa_en" in section.first:
+        found += qa_readers.tydiqa("en", "train", root)
+    names = {name_of(title) for title in held_out}
+    kept = [question for question in found if name_of(question.title) not in names]
+    lost = len(found) - len(kept)
+    return kept, [f"{lost} questions of the first stage were left out: their articles are held out."] if lost else []
+
+
+def _sets(
+    section: DataSection,
+    first: Sequence[Question],
+    train: ByLanguage,
+    val: ByLanguage,
+    test: ByLanguage,
+    notes: list[str],
+) -> Sets:
+    """Aligned by id, cut to the numbers asked for, crossed where they are scored."""
+    own = {language: questions for language, questions in train.items() if language in section.languages}
+    ids = aligned(own)
+    kept = _few(list(ids), section.train_questions)
+    parts = []
+    for by_language in (val, test):
+        names = aligned(by_language)
+        chosen = {name: names[name] for name in _few(list(names), section.eval_questions)}
+        parts.append(chosen)
+    tested = {CELLS: all_pairs(parts[1], section.languages)}
+    if section.unseen:
+        tested[UNSEEN] = [
+            here[language] for here in parts[1].values() for language in section.unseen if language in here
+        ]
+        tested[UNSEEN] = [replace(q, id=f"{q.id}_{q.language}-{q.language}") for q in tested[UNSEEN]]
+    return Sets(
+        _of(first, section.first_questions),
+        {name: ids[name] for name in kept},
+        {CELLS: all_pairs(parts[0], section.languages)},
+        tested,
+        notes,
+    )
+
+
+# --- windows
+
+
+class _Maker:
+    """Cuts questions into the arrays of a split."""
+
+    def __init__(self, tokenizer: str, section: DataSection) -> None:
+        self.tokenizer, self.section = parse(tokenizer), section
+        self.layout: Layout = layout_of(self.tokenizer)
+
+    def split(self, questions: Sequence[Question], other: Any = None) -> Split:
+        """To train on: windows and their labels."""
+        return Split(self._arrays(questions, other or self.section.windows, decode=False), FEEDS, mask="attention_mask")
+
+    def scored(self, parts: Mapping[str, Sequence[Question]]) -> Split:
+        """To score: what decoding and scoring need, too; shuffled, so that any prefix is a fair sample."""
+        questions = [question for part in parts.values() for question in part]
+        found = self._arrays(questions, self.section.windows, decode=True)
+        order = np.random.default_rng(0).permutation(len(found["question"]))
+        contexts = list(dict.fromkeys(question.context for question in questions))
+        place = {context: number for number, context in enumerate(contexts)}
+        meta = {
+            "questions": [
+                {
+                    "id": question.id,
+                    "part": part,
+                    "question": question.question,
+                    "context": place[question.context],
+                    "answers": [text for text, _ in question.answers],
+                    "cell": list(question.cell),
+                }
+                for part, members in parts.items()
+                for question in members
+            ],
+            "contexts": contexts,
+            "languages": list(self.section.languages),
+            "normaliser": self.section.normaliser,
+        }
+        return Split({name: array[order] for name, array in found.items()}, FEEDS, meta, "attention_mask")
+
+    def _arrays(self, questions: Sequence[Question], settings: Any, decode: bool) -> Arrays:
+        cut = Cut(settings.max_length, settings.max_question, settings.step, settings.overlap)
+        asked, read = [q.question for q in questions], [q.context for q in questions]
+        found = list(windows(self.tokenizer, self.layout, cut, asked, read))
+        result = arrays(found, max(len(window.ids) for window in found), self.layout.pad, decode)
+        labels = []
+        for window in found:
+            text, start = questions[window.pair].answers[0]
+            labels.append(label_of(window, start, start + len(text)))
+        result["start"], result["end"] = np.array(labels, np.int64).T.copy()
+        result["question"] = np.array([window.pair for window in found], np.int32)
+        return result
