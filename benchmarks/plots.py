@@ -41,8 +41,20 @@ STYLE: Any = {
 }
 FEW = 15  # points of a curve that are marked
 TEST = "test, watched only"
-LOSSES = {"loss", "ce", "kl", "mse", "l1", "l2", "kd", "distance", "diversity", "path", "paths", "destination"} | {
-    *("destinations", "feature", "features", "branches", "truth", "ranking")
+LOSSES = {
+    *("loss", "ce", "kl", "mse", "l1", "l2", "kd"),
+    *(
+        "distance",
+        "diversity",
+        "path",
+        "paths",
+        "destination",
+        "destinations",
+        "features",
+        "branches",
+        "truth",
+        "ranking",
+    ),
 }
 SKIPPED = ("epoch", "step", "lr", "seconds", "samples_per_second", "stage")
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.formats import TableError, markdown, score
 
 BASELINE = "plain"
+REFERENCES = Path(__file__).parent / "results" / "references" / "ppt_eth_ucy.json"
+AVG = "avg"
+TEST_SELECTED = "test_selected_"
+Methods = Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]]  # dataset -> method -> seed -> row
+Pair = tuple[float, float]
 # Student's t, 0.975 quantile, 1 to 30 degrees of freedom.
 T975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
@@ -58,20 +63,30 @@ def paired(differences: Sequence[float]) -> str:
     return f"{mean_sd(differences, signed=True)} [{score(mean - half, signed=True)}, {score(mean + half, signed=True)}]"
 
 
-def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean ± sd over seeds of each (dataset, method), and the paired difference to the method ``plain``.
+def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, Mapping[str, Any]]]]:
+    """Rows by dataset, method and seed.
 
-    The headline metric is the first of a row's ``metrics``. A seed that was run twice counts once, as last written;
-    rows of another config than the last one of their (dataset, method) do not count.
+    A seed that was run twice counts once, as last written; rows of another config than the last one of their (dataset,
+    method) do not count.
     """
-    if not rows:
-        return "No results yet.\n"
     groups: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
     latest = {(row["dataset"], row["method"]): row.get("config_sha256") for row in rows}
     for row in rows:
-        if row.get("config_sha256") != latest[row["dataset"], row["method"]]:
-            continue
-        groups.setdefault(row["dataset"], {}).setdefault(row["method"], {})[int(row["seed"])] = row
+        if row.get("config_sha256") == latest[row["dataset"], row["method"]]:
+            groups.setdefault(row["dataset"], {}).setdefault(row["method"], {})[int(row["seed"])] = row
+    return groups
+
+
+def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Mean ± sd over seeds of each (dataset, method), and the paired difference to the method ``plain``.
+
+    The headline metric is the first of a row's ``metrics``; for trajectories see ``trajectory_tables``.
+    """
+    if not rows:
+        return "No results yet.\n"
+    groups = grouped(rows)
+    if all("minADE" in row["metrics"] for row in rows):
+        return trajectory_tables(groups)
     body = []
     for dataset, methods in groups.items():
         metric = next(iter(rows_of(methods)[0]["metrics"]))
@@ -90,3 +105,114 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def rows_of(methods: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
     return [row for by_seed in methods.values() for row in by_seed.values()]
+
+
+# --- trajectories
+
+
+def trajectory_tables(groups: Methods) -> str:
+    """A row per method, a column per dataset: minADE/minFDE, then meanADE/meanFDE, with what is known of others.
+
+    Cells are means over seeds. AVG is the plain mean of the five scenes of ETH/UCY, where a method has all of them. The
+    sd over seeds stands at AVG, or at each cell where there is no AVG.
+    """
+    known = json.loads(REFERENCES.read_text(encoding="utf-8"))
+    scenes = [scene for scene in known["columns"] if scene in groups]
+    columns = [*scenes, *(dataset for dataset in groups if dataset not in scenes)]
+    averaged = known["columns"] if scenes == known["columns"] else []
+    title = ["method", *(name.upper() for name in columns), *(["AVG"] if averaged else []), "seeds"]
+    references = [_reference_cells(row, columns, averaged) for row in known["rows"]] if scenes else []
+    best = [_method_cells(groups, method, columns, averaged, ("minADE", "minFDE")) for method in _methods(groups)]
+    habit = [
+        _method_cells(groups, method, columns, averaged, (f"{TEST_SELECTED}minADE", f"{TEST_SELECTED}minFDE"))
+        for method in _methods(groups)
+    ]
+    habit = [[f"{name} (test-selected)", *cells] for name, *cells in habit if any(cell != "–" for cell in cells[:-1])]
+    mean = [_method_cells(groups, method, columns, averaged, ("meanADE", "meanFDE")) for method in _methods(groups)]
+    unit = "in metres" if scenes == columns else "in the unit of the data"
+    parts = [
+        markdown(title, [*references, *best, *habit], right=title[1:]),
+        (
+            f"minADE/minFDE on the test split, {unit}: least of the K paths, each for itself; less is better. Mean "
+            f"over seeds, ± sd over seeds.{' AVG: plain mean of the five scenes.' if averaged else ''}\n"
+        ),
+    ]
+    if habit or references:
+        parts.append(
+            "(test-selected): the epoch of the last training was chosen on the test split, as published numbers are; "
+            "that flatters, and serves only to compare with them.\n"
+        )
+    if references:
+        sources = [f"{row['method']}: {row['source']}" for row in known["rows"]]
+        parts.append(f"{'; '.join(sources)}.\n")
+    parts += [markdown(title, mean, right=title[1:]), "meanADE/meanFDE: the mean over all K paths.\n"]
+    return "\n".join([*parts, _made_on(groups)])
+
+
+def _methods(groups: Methods) -> list[str]:
+    return list(dict.fromkeys(method for methods in groups.values() for method in methods))
+
+
+def _method_cells(
+    groups: Methods, method: str, columns: Sequence[str], averaged: Sequence[str], metrics: tuple[str, str]
+) -> list[str]:
+    values = {
+        dataset: {
+            seed: (row["metrics"][metrics[0]], row["metrics"][metrics[1]])
+            for seed, row in groups[dataset].get(method, {}).items()
+            if all(metric in row["metrics"] for metric in metrics)
+        }
+        for dataset in columns
+    }
+    whole = bool(averaged) and all(values[scene] for scene in averaged)
+    cells = [_over_seeds(list(values[dataset].values()), spread=not whole) for dataset in columns]
+    if averaged:
+        cells.append(_average([values[scene] for scene in averaged]) if whole else "–")
+    counts = sorted({len(by_seed) for by_seed in values.values() if by_seed})
+    return [method, *cells, "–".join(dict.fromkeys(map(str, (counts[0], counts[-1])))) if counts else "–"]
+
+
+def _average(scenes: Sequence[Mapping[int, Pair]]) -> str:
+    """Plain mean of the scenes' means, ± sd of that mean over the seeds that all of them have."""
+    means = [[statistics.fmean(found[i] for found in by_seed.values()) for by_seed in scenes] for i in (0, 1)]
+    shared = set.intersection(*(set(by_seed) for by_seed in scenes))
+    of_seed = [[statistics.fmean(by_seed[seed][i] for by_seed in scenes) for seed in sorted(shared)] for i in (0, 1)]
+    text = _pair(map(statistics.fmean, means))
+    return text + _spread(of_seed) if len(shared) > 1 else text
+
+
+def _over_seeds(pairs: Sequence[Pair], *, spread: bool) -> str:
+    if not pairs:
+        return "–"
+    both = list(map(list, zip(*pairs, strict=True)))
+    text = _pair(map(statistics.fmean, both))
+    return text + _spread(both) if spread and len(pairs) > 1 else text
+
+
+def _spread(both: Sequence[Sequence[float]]) -> str:
+    return f" ± {_pair(map(statistics.stdev, both))}"
+
+
+def _pair(pair: Iterable[float], digits: int = 3) -> str:
+    """``.174/.321``: ADE and FDE."""
+    return "/".join(f"{value:.{digits}f}".removeprefix("0" if value < 1 else "") for value in pair)
+
+
+def _reference_cells(row: Mapping[str, Any], columns: Sequence[str], averaged: Sequence[str]) -> list[str]:
+    scores, digits = row["scores"], row["digits"]
+    cells = [_pair(scores[name], digits) if name in scores else "–" for name in columns]
+    if averaged:
+        mean = scores.get(AVG) or [statistics.fmean(scores[scene][i] for scene in averaged) for i in (0, 1)]
+        cells.append(_pair(mean, digits))
+    return [row["method"], *cells, "–"]
+
+
+def _made_on(groups: Methods) -> str:
+    """The protocol, and which methods ran on which device."""
+    rows = [row for methods in groups.values() for row in rows_of(methods)]
+    where: dict[str, dict[str, None]] = {}
+    for row in rows:
+        where.setdefault(str(row.get("device", "a device not recorded")), {})[row["method"]] = None
+    told = [device if len(where) == 1 else f"{device} ({', '.join(methods)})" for device, methods in where.items()]
+    protocols = dict.fromkeys(str(row["protocol"]).strip() for row in rows if row.get("protocol"))
+    return " ".join([*protocols, f"Computed on {'; '.join(told)}."]) + "\n"

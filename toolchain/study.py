@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from toolchain import artifact
 from toolchain.artifact import EdgestillError, digest
-from toolchain.config import Config, ConfigError, apply_overrides, read_yaml, validate, validate_section
+from toolchain.config import Config, ConfigError, allowed, apply_overrides, read_yaml, validate, validate_section
 from toolchain.pipeline import Pipeline, StageError, lock, perform, plan, resumable
 from toolchain.section import Section
 from toolchain.stage import Job, console, main
@@ -34,6 +34,7 @@ class StudySection(Section):
     """A study's YAML. ``datasets`` and ``methods`` map a row's name to overrides of the base config.
 
     ``keep``: leave each run's student as an artifact, ``<work>/<study>/students/<dataset>-<method>-<seed>``.
+    ``only``: the datasets that a method runs on, where not on all.
     """
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -44,6 +45,21 @@ class StudySection(Section):
     methods: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     common: dict[str, Any] = Field(default_factory=dict)
     keep: bool = False
+    only: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _sound(self) -> StudySection:
+        for method, datasets in self.only.items():
+            if method not in self.methods:
+                raise ValueError(f"only: no method {method!r}; {allowed(method, list(self.methods))}")
+            for dataset in datasets:
+                if dataset not in self.datasets:
+                    raise ValueError(f"only.{method}: no dataset {dataset!r}; {allowed(dataset, list(self.datasets))}")
+        return self
+
+    def runs(self, method: str, dataset: str) -> bool:
+        """Whether ``method`` runs on ``dataset``."""
+        return dataset in self.only.get(method, self.datasets)
 
 
 @dataclass(frozen=True)
@@ -78,6 +94,8 @@ def rows(path: Path, overrides: Sequence[str] = ()) -> tuple[StudySection, list[
     found = []
     order = itertools.product(study.datasets.items(), study.seeds, study.methods.items())
     for (dataset, data_changes), seed, (method, method_changes) in order:
+        if not study.runs(method, dataset):
+            continue
         config = json.loads(json.dumps(base))
         for changes in (study.common, data_changes, method_changes):
             _merge(config, changes)
@@ -220,7 +238,7 @@ def work_off(job: Job) -> None:
             "seed": item["seed"],
             "metrics": test
             | {f"val_{name}": value for name, value in trained.val.items()}
-            | watched(trained.run.records),
+            | selected(trained.run.records),
             "parameters": sum(p.numel() for p in trained.student.parameters()),
             "config_sha256": item["sha256"],
             "commit": job.config["commit"],
@@ -243,14 +261,14 @@ def work_off(job: Job) -> None:
         pass
 
 
-def watched(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a habit of selecting by another split would have reported: ``test_selected_<metric>``, of the last stage."""
-    found = records[-1].get("watched", {}) if records else {}
+def selected(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What the last training watched: ``test_selected_minADE`` is of the epoch that is best on the test split."""
+    watched = records[-1].get("watched", {}) if records else {}
     return {
-        f"{split}_selected_{name}": value
-        for split, entry in found.items()
-        for name, value in entry["scores"].items()
-        if name != "selection"
+        f"{name}_selected_{metric}": float(value)
+        for name, record in watched.items()
+        for metric, value in record["scores"].items()
+        if metric != "selection"
     }
 
 

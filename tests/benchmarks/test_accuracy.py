@@ -66,7 +66,8 @@ def test_the_whole_chain_is_measured_and_what_cannot_run_says_why(tmp_path: Path
     order = ["onnx-teacher", "student", "onnx", "onnx-fp16", "engine-sm_86-fp16", "engine-sm_86-int8-trt"]
     assert list(rows) == order
     assert [rows[name]["kind"] for name in order] == ["teacher", "student", "onnx", "onnx", "engine", "engine"]
-    assert value["metric"] == {"name": "accuracy", "higher_is_better": True, "unit": "%", "note": None}
+    metric = {"name": "accuracy", "higher_is_better": True, "unit": "%", "digits": 2, "note": None}
+    assert value["metric"] == metric
 
     student, exact, half = rows["student"], rows["onnx"], rows["onnx-fp16"]
     assert student["backend"] == "torch"

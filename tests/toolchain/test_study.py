@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +67,61 @@ def test_every_run_is_a_whole_config(path: Path) -> None:
     assert len({row.sha256 for row in rows}) == 4
     with pytest.raises(ConfigError, match=r"tiny.yaml: digits, plain: train.epoch: unknown key"):
         study.rows(path, ["train.epoch=8"])
+
+
+def test_a_method_may_run_on_some_datasets_only(path: Path) -> None:
+    path.write_text(f"{STUDY}only: {{fitnet: [digits-200]}}\n")
+    _, rows = study.rows(path, ["seeds=[4]"])
+    assert [(row.dataset, row.method) for row in rows] == [
+        ("digits", "plain"),
+        ("digits-200", "plain"),
+        ("digits-200", "fitnet"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("only", "words"),
+    [
+        ("{fitnat: [digits]}", r"only: no method 'fitnat'; did you mean 'fitnet'\? allowed: plain, fitnet"),
+        ("{fitnet: [digit-200]}", r"only.fitnet: no dataset 'digit-200'; did you mean 'digits-200'\?"),
+        ("{fitnet: []}", "only"),
+    ],
+)
+def test_names_of_only_are_checked(path: Path, only: str, words: str) -> None:
+    path.write_text(f"{STUDY}only: {only}\n")
+    with pytest.raises(ConfigError, match=words):
+        study.rows(path)
+
+
+def test_what_a_training_watched_is_in_its_row(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watched = {"test": {"epoch": 5, "scores": {"selection": 1.9, "minADE": 0.31, "minFDE": 0.97}}}
+    task = SimpleNamespace(DIGITS=3)
+    run = SimpleNamespace(
+        records=[{"watched": {"test": {"scores": {"minADE": 9.0}}}}, {"watched": watched}],
+        scorer=lambda split: lambda student: {"minADE": 0.3456, "minFDE": 1.0},
+        task=task,
+    )
+    student = SimpleNamespace(parameters=list)
+    monkeypatch.setattr(
+        "toolchain.distill.train_student", lambda *_: SimpleNamespace(run=run, student=student, val={"minADE": 0.4})
+    )
+    monkeypatch.setattr(study, "load_data", lambda folder: None)
+    declared, rows = study.rows(path, ["seeds=[0]"])
+    (tmp_path / "shared").mkdir()
+    job = study._job(declared, tmp_path / "shared", rows[:1], tmp_path / "r.jsonl")
+    study.work_off(Job(job.stage, job.out, job.config, {"data": tmp_path}))
+    (row,) = map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines())
+    assert row["metrics"] == {
+        "minADE": 0.3456,
+        "minFDE": 1.0,
+        "val_minADE": 0.4,
+        "test_selected_minADE": 0.31,
+        "test_selected_minFDE": 0.97,
+    }
+    assert "minADE 0.346, minFDE 1.000" in capsys.readouterr().err
+    assert study.selected([]) == study.selected([{"epochs": 3}]) == {}
 
 
 def test_rows_that_are_there_are_not_run_again(path: Path, trained: list[Job]) -> None:

@@ -39,7 +39,8 @@ def normalised(split: Split, scale: float) -> NDArray[np.float32]:
 def versions(tracks: NDArray[np.float32], count: int = len(VERSIONS), seed: int = 0) -> NDArray[np.float32]:
     """(N, T, 2) -> (count, N, T, 2): ``count`` of the five versions of each track, drawn from ``seed``."""
     chosen = np.random.default_rng(seed).permuted(np.tile(np.arange(len(VERSIONS)), (len(tracks), 1)), axis=1)
-    found: NDArray[np.float32] = np.einsum("vnij,ntj->vnti", VERSIONS[chosen.T[:count]], tracks)
+    chosen = np.sort(chosen[:, :count], axis=1).T
+    found: NDArray[np.float32] = np.einsum("vnij,ntj->vnti", VERSIONS[chosen], tracks)
     return found
 
 
@@ -49,7 +50,7 @@ class TrajectoryBatches(Batches):
     ``extra`` adds named float32 arrays (V, N, ...) for the ``count`` V versions that ``versions`` gives.
     """
 
-    def __init__(self, run: Run, count: int = len(VERSIONS), extra: Mapping[str, Array] | None = None) -> None:
+    def __init__(self, run: Run, extra: Mapping[str, Array] | None = None, count: int = len(VERSIONS)) -> None:
         train = run.data.splits["train"]
         super().__init__(len(train), run.cfg.train.batch_size, self.gather, seed=run.cfg.seed)
         self.scale = run.cfg.student.scale_of(run.data.info["unit"])
@@ -138,4 +139,4 @@ def batches(run: Run, *wanted: str) -> TrajectoryBatches:
     from toolchain.tasks.trajectory_teacher import load_predictions
 
     found = load_predictions(run.inputs["predictions"], run.inputs["data"], run.cfg.section("data", "teacher"))
-    return TrajectoryBatches(run, run.cfg.teacher.versions, {name: found[name] for name in wanted})
+    return TrajectoryBatches(run, {name: found[name] for name in wanted}, run.cfg.teacher.versions)

@@ -29,7 +29,7 @@ def figures(split: Split, outputs: Mapping[str, Arrays]) -> list[tuple[str, byte
     """
     half = (len(split) + 1) // 2
     parts = (
-        ("Predicted paths: the worst, worst first", np.arange(half)),
+        ("Predicted paths: the student's worst, worst first", np.arange(half)),
         ("Predicted paths: drawn at random", np.arange(half, len(split))),
     )
     return [(title, _grid(split, outputs, index)) for title, index in parts if len(index)]

@@ -85,16 +85,16 @@ class Encoder(nn.Module):
         super().__init__()
         self.place = nn.Embedding(steps + 1, width)
         self.drop = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, dropout, activation, steps) for _ in range(depth))
+        blocks = [Block(width, heads, dropout, activation, steps) for _ in range(depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                nn.init.normal_(module.out.weight, std=0.02 / math.sqrt(2 * depth))
+        for block in blocks:
+            nn.init.normal_(block.attention.out.weight, std=0.02 / math.sqrt(2 * depth))
 
     def forward(self, tokens: Tensor, positions: Sequence[int], causal: bool, keep: slice = EVERY) -> Tensor:
         x = self.drop(tokens + self.place.weight[list(positions)])

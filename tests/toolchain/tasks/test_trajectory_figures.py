@@ -23,7 +23,7 @@ def samples(count: int, unit: str = "m") -> tuple[Split, Arrays]:
 def test_worst_and_random_samples_are_two_pictures(unit: str) -> None:
     split, outputs = samples(5, unit)
     found = trajectory.figures(split, {"student": outputs, "teacher": outputs})
-    assert [title.rpartition(": ")[2] for title, _ in found] == ["the worst, worst first", "drawn at random"]
+    assert [title.rpartition(": ")[2] for title, _ in found] == ["the student's worst, worst first", "drawn at random"]
     first, second = (Image.open(io.BytesIO(png)) for _, png in found)
     assert first.width == second.width
     assert first.height > 1.5 * second.height  # three samples in two rows, two in one
