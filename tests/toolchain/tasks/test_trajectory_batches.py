@@ -41,10 +41,11 @@ def test_the_five_versions_are_rotations_and_a_mirror_and_keep_all_distances() -
     found = versions(tracks)
     x, y = tracks[..., 0], tracks[..., 1]
     every = [np.stack(pair, -1) for pair in [(x, y), (-y, x), (-x, -y), (y, -x), (-x, y)]]
-    drawn = [[next(k for k in range(5) if np.array_equal(every[k][i], v[i])) for v in found] for i in range(30)]
-    assert all(sorted(row) == [0, 1, 2, 3, 4] for row in drawn), "a version is missing"
-    assert {row[0] for row in drawn} == {0, 1, 2, 3, 4}, "the first is not drawn"
-    np.testing.assert_array_equal(versions(tracks, 2), found[:2])
+    np.testing.assert_array_equal(found, every)
+    two = versions(tracks, 2)
+    drawn = [[next(k for k in range(5) if np.array_equal(every[k][i], v[i])) for v in two] for i in range(30)]
+    assert all(len(set(row)) == 2 for row in drawn)
+    assert len(set(map(tuple, drawn))) > 5, "all tracks are shown in the same two versions"
     for version in found:
         for i in range(STEPS):
             for j in range(i):
@@ -70,7 +71,7 @@ def test_every_epoch_shows_every_window_once_in_a_version_drawn_anew(run: Run) -
 
 def test_what_the_teacher_says_comes_in_the_version_that_is_shown(run: Run) -> None:
     values = np.arange(3 * 24, dtype=np.float32).reshape(3, 24, 1)
-    batches = TrajectoryBatches(run, 3, {"feature": values})
+    batches = TrajectoryBatches(run, {"feature": values}, 3)
     for batch in batches.epoch(3):
         assert batch["feature"].dtype == torch.float32
     order = batches.order(3)
