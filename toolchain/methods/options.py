@@ -124,7 +124,8 @@ class PPT(Section):
     ``complete``: task III; its destination predictor learns at ``destination_lr`` (0: frozen), ``features`` and
     ``destination_features`` are its distillation terms, ``branches`` its supervision of the other hypotheses by the
     section ``teacher``. ``test_selected``: also report the epoch of task III that is best on the test split, the
-    official code's habit, beside the honest one.
+    official code's habit, beside the honest one. ``stretch``: every window is multiplied by a factor drawn from
+    1/stretch..stretch, log-uniformly, anew in each epoch.
     """
 
     name: Literal["ppt"]
@@ -140,6 +141,7 @@ class PPT(Section):
     features: Weight = 5.0
     destination_features: Weight = 0.5
     branches: Weight = 0.0
+    stretch: Annotated[float, Field(ge=1)] = 1.0
     test_selected: bool = False
 
     @model_validator(mode="after")

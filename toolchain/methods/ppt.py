@@ -23,6 +23,7 @@ Deliberate deviations, each a key of the config:
 - ``winners`` above 1: in IIb the nearest of several candidates learn, their number falling geometrically to 1 over
   the first 60 % of the training, so that no candidate starves (evolving winner-takes-all: Makansi, Ilg, Cicek, Brox,
   CVPR 2019, arXiv 1906.03631). The paper has one winner throughout.
+- ``stretch``: windows in other sizes too, so that speeds are known which the training scenes do not have.
 - ``branches``: the path to one further candidate, drawn anew in every step, follows the one that the config's teacher
   predicts for it; the official code leaves the other K - 1 paths without supervision.
 """

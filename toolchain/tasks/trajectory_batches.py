@@ -47,7 +47,8 @@ def versions(tracks: NDArray[np.float32], count: int = len(VERSIONS), seed: int 
 class TrajectoryBatches(Batches):
     """Batches of ``track`` float32 (B, T, 2), each in a version drawn anew every epoch.
 
-    ``extra`` adds named float32 arrays (V, N, ...) for the ``count`` V versions that ``versions`` gives.
+    ``extra`` adds named float32 arrays (V, N, ...) for the ``count`` V versions that ``versions`` gives. ``stretch``: see
+    ``methods.options.PPT``; what the teacher says is not stretched, so ``extra`` and it exclude each other.
     """
 
     def __init__(self, run: Run, extra: Mapping[str, Array] | None = None, count: int = len(VERSIONS)) -> None:
@@ -56,7 +57,7 @@ class TrajectoryBatches(Batches):
         self.scale = run.cfg.student.scale_of(run.data.info["unit"])
         self.observe = int(run.data.info["observe"])
         arrays = {"track": versions(normalised(train, self.scale), count)} | dict(extra or {})
-        self.versions = count
+        self.versions, self.stretch = count, float(getattr(run.cfg.method, "stretch", 1.0))
         self.arrays = {name: torch.from_numpy(np.array(a)).flatten(0, 1).to(run.device) for name, a in arrays.items()}
         self._drawn: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
 
@@ -69,7 +70,12 @@ class TrajectoryBatches(Batches):
 
     def gather(self, index: NDArray[np.int64], epoch: int) -> dict[str, Tensor]:
         rows = torch.from_numpy(self.version_of(epoch)[index] * self.count + index)
-        return {name: array[rows.to(array.device)].float() for name, array in self.arrays.items()}
+        batch = {name: array[rows.to(array.device)].float() for name, array in self.arrays.items()}
+        if self.stretch > 1:
+            drawn = np.random.default_rng((self.seed, epoch, 2)).uniform(-1, 1, self.count)[index]
+            factor = torch.from_numpy(self.stretch**drawn).to(batch["track"])
+            batch["track"] = batch["track"] * factor[:, None, None]
+        return batch
 
 
 def pieces(run: Run, split: Split) -> Iterator[Tensor]:
