@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,12 +26,18 @@ def edgestill(*arguments: str, **environment: str) -> subprocess.CompletedProces
     )
 
 
+def cpu_seconds_of_children() -> float:
+    """What a command costs however busy the machine is."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_help_names_every_verb_and_is_quick() -> None:
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        before = cpu_seconds_of_children()
         reply = edgestill("--help")
-        seconds.append(time.perf_counter() - start)
+        seconds.append(cpu_seconds_of_children() - before)
     assert reply.returncode == 0
     for verb in ("run", "distill", "export", "compile", "bench", "report", "inspect", "doctor", "study"):
         assert f" {verb} " in reply.stdout

@@ -47,8 +47,8 @@ def versions(tracks: NDArray[np.float32], count: int = len(VERSIONS), seed: int 
 class TrajectoryBatches(Batches):
     """Batches of ``track`` float32 (B, T, 2), each in a version drawn anew every epoch.
 
-    ``extra`` adds named float32 arrays (V, N, ...) for the ``count`` V versions that ``versions`` gives. ``stretch``: see
-    ``methods.options.PPT``; what the teacher says is not stretched, so ``extra`` and it exclude each other.
+    ``extra`` adds named float32 arrays (V, N, ...) for the ``count`` V versions that ``versions`` gives. They are not
+    stretched, so they and ``stretch`` (see ``methods.options.PPT``) exclude each other.
     """
 
     def __init__(self, run: Run, extra: Mapping[str, Array] | None = None, count: int = len(VERSIONS)) -> None:

@@ -190,7 +190,7 @@ def test_the_tasks_defaults_lie_below_ones_own_values() -> None:
 
 
 def test_methods_stay_with_their_task() -> None:
-    with pytest.raises(ConfigError, match="qa_student is a method of the task qa"):
+    with pytest.raises(ConfigError, match="qa_student is for questions"):
         load(Path(__file__).parents[3] / "configs" / "digits.yaml", ["method=qa_student"])
 
 

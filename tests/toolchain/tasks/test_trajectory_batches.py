@@ -69,6 +69,22 @@ def test_every_epoch_shows_every_window_once_in_a_version_drawn_anew(run: Run) -
     np.testing.assert_array_equal(again.version_of(0), shown[0])
 
 
+def test_a_stretched_window_keeps_its_form(tmp_path: Path, run: Run) -> None:
+    stretched = TrajectoryBatches(tiny_run(tmp_path, config(METHOD | {"stretch": 2.0})))
+    index = np.arange(24)
+    factors = []
+    for epoch in (0, 1):
+        before, after = (batches.gather(index, epoch)["track"] for batches in (TrajectoryBatches(run), stretched))
+        factor = after.flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+        torch.testing.assert_close(after, before * factor[:, None, None])
+        assert ((factor >= 0.5) & (factor <= 2)).all()
+        assert factor.min() < 0.8
+        assert factor.max() > 1.25
+        torch.testing.assert_close(stretched.gather(index[5:7], epoch)["track"], after[5:7])
+        factors.append(factor)
+    assert not torch.equal(*factors)
+
+
 def test_what_the_teacher_says_comes_in_the_version_that_is_shown(run: Run) -> None:
     values = np.arange(3 * 24, dtype=np.float32).reshape(3, 24, 1)
     batches = TrajectoryBatches(run, {"feature": values}, 3)
