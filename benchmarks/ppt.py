@@ -61,8 +61,8 @@ Networks = Mapping[str, tuple[StudentSection, options.PPT]]
 class Plan:
     """In each of ``rounds``, ``steps`` of ``batch`` samples are timed, and ``calls`` for each of ``pedestrians``."""
 
-    rounds: int = 7
-    steps: int = 3
+    rounds: int = 3
+    steps: int = 2
     batch: int = 256
     calls: int = 30
     pedestrians: tuple[int, ...] = (1, 64)
