@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from toolchain.artifact import Port
@@ -18,13 +19,18 @@ _DOTTED = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 @dataclass
 class Deploy:
-    """A module ready for export: ``module(*example.values())`` gives a tuple in the order of ``outputs``."""
+    """A module ready for export: ``module(*example.values())`` gives a tuple in the order of ``outputs``.
+
+    ``files`` (texts) and ``arrays`` ship beside the graph, by name.
+    """
 
     module: nn.Module
     inputs: list[Port]
     outputs: list[Port]
     example: dict[str, Tensor]
     dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 def count_parameters(module: nn.Module) -> int:

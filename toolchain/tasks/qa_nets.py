@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from toolchain.artifact import Port, verify
 from toolchain.tasks import FILL
 from toolchain.tasks.backbones import WEIGHTS, ModelError, load_state, seeded
+from toolchain.tasks.nets import Deploy
 from toolchain.tasks.qa_tokenizer import TOKENIZER, check_same, encoder_folder, lookup, prune, read_tokenizer
 
 if TYPE_CHECKING:
@@ -244,19 +244,6 @@ def load(folder: Path) -> QaNet:
         net = QaNet(encoder, settings, tokenizer, table)
     load_state(net, folder / WEIGHTS)
     return net.eval()
-
-
-@dataclass
-class Deploy:
-    """A module ready for export, and ``files`` to ship beside the graph, by name."""
-
-    module: nn.Module
-    inputs: list[Port]
-    outputs: list[Port]
-    example: dict[str, Tensor]
-    dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
 class Spans(nn.Module):
