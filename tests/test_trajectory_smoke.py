@@ -115,6 +115,7 @@ def test_any_number_of_pedestrians_anywhere_gives_the_same_answers(root: Path) -
     np.testing.assert_allclose(np.concatenate(single), whole[:9] + 16, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_finished_ppt_teaches_the_next_run(root: Path, settings: list[str], tmp_path: Path) -> None:
     """Method ppt from the command, and its folder as the teacher of another run."""
     shutil.copytree(root / "data", tmp_path / "ppt" / "data")
