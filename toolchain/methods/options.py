@@ -62,17 +62,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kl_warmup": 0.0,
     },
     "default": {"w_T": 1.0, "w_A": 1.0, "w_KL": 10.0, "kl_dir": "teacher_student", "stop_grad": True, "kl_warmup": 0.2},
+    "assignment": {"w_T": 0.0, "w_A": 0.0, "w_KL": 0.0, "w_P": 2.0},
 }
 
 
 class ProCKD(Section):
     """Prototype-guided cross-task distillation; keys as in the paper's notation, see ``methods/prockd.py``.
 
-    ``preset`` fills the loss weights; a key given beside it wins.
+    ``preset`` fills the loss weights; a key given beside it wins. ``evidence`` and ``default`` read the paper's code,
+    ``assignment`` is our extension: ``K`` prototypes of each tap, learned from the teacher alone, whose assignment (at
+    ``temperature``) the student predicts. ``control``: what has to break it, channels ``shuffled`` over the prototypes,
+    or the assignments of the ``other_image`` in the batch.
     """
 
     name: Literal["prockd"]
-    preset: Literal["evidence", "default"] = "default"
+    preset: Literal["evidence", "default", "assignment"] = "default"
     K: Positive = 24
     d: Positive | None = None
     proto_init: Literal["uniform", "kmeans", "unit_normal"] = "uniform"
@@ -81,6 +85,9 @@ class ProCKD(Section):
     w_A: Weight = 1.0
     w_KL: Weight = 10.0
     w_KA: Weight = 0.0
+    w_P: Weight = 0.0
+    temperature: Annotated[float, Field(gt=0)] = 0.1
+    control: Literal["none", "shuffled", "other_image"] = "none"
     kl_dir: Literal["student_teacher", "teacher_student"] = "teacher_student"
     stop_grad: bool = True
     kl_warmup: Fraction = 0.2

@@ -10,7 +10,7 @@ learns to agree with it. The teacher's own head and label space are never used.
     R = g([P_n; u]),  u = W_v vec(V) + b_v                    prototype learning, from normalised residuals V to C
     aug(Q) = ReLU(a([E; F]) + Q)                              task-adaptive augmentation: attention of Q over C
     z_S = h(S),  z_T = h(aug(R)),  z_A = h(aug(S))            h: the student's head, shared
-    L = CE(z_S) + w_T CE(z_T) + w_A CE(z_A) + w_KL KL(z_S, z_T) + w_KA KL(z_S, z_A)
+    L = CE(z_S) + w_T CE(z_T) + w_A CE(z_A) + w_KL KL(z_S, z_T) + w_KA KL(z_S, z_A) + w_P L_P
 
 What is known, and from where (we have not seen the paper's body):
 - from the authors' code: every module above, back-propagated prototypes, uniform initialisation, CE on z_S, the shared
@@ -22,13 +22,15 @@ What is known, and from where (we have not seen the paper's body):
   ``token_dropout`` (element-wise, on the teacher's tokens), and all of segmentation: aug(R) is put on the student's
   grid bilinearly before the head, and the KL is per pixel that counts.
 
+L_P is our extension, preset ``assignment``: see ``toolchain/methods/prototypes.py``. It uses none of the modules above.
+
 Deliberate deviations: the residuals are never materialised, V_k = (A^T X)_k - (sum_n A_nk) C_k; norms, residuals and
 softmaxes are in float32 under autocast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,18 +40,11 @@ from torch import Tensor, nn
 from toolchain.artifact import EdgestillError
 from toolchain.config import Config
 from toolchain.distiller import Batch, Distiller
-from toolchain.grids import Grid, map_of, tokens_of
+from toolchain.grids import Grid, map_of, resized, tokens_of
 from toolchain.losses import accuracy, cross_entropy, kl, usage_perplexity, valid
 from toolchain.methods.options import ProCKD as Options
+from toolchain.methods.prototypes import Banks, first_tokens, kmeans, unit
 from toolchain.train import Run
-
-EPS = 1e-12
-KMEANS_TOKENS, KMEANS_STEPS = 8192, 20
-
-
-def unit(value: Tensor) -> Tensor:
-    """``value`` in float32, divided by its L2 norm over the last dimension."""
-    return F.normalize(value.float(), dim=-1, eps=EPS)
 
 
 def mixer(width: int) -> nn.Sequential:
@@ -157,17 +152,18 @@ def aug_student(student: nn.Module, options: Mapping[str, Any] | Options) -> Aug
 
 
 class ProCKD(Distiller):
-    """``channels``: width of the teacher's concatenated taps, whose tokens lie on ``grid``."""
+    """``widths``: channels of the teacher's taps, whose concatenated tokens lie on ``grid``."""
 
     def __init__(
-        self, student: nn.Module, channels: int, grid: Grid, options: Options, ignore_index: int | None = None
+        self, student: nn.Module, widths: Sequence[int], grid: Grid, options: Options, ignore_index: int | None = None
     ) -> None:
         super().__init__()
         width = int(student.width)  # type: ignore[arg-type]
         if options.d is not None and options.d != width:
             raise EdgestillError(f"method.d: expected the student's width {width}, found {options.d}; leave d out")
         self.student = student
-        self.kit = Kit(channels, width, options)
+        self.kit = Kit(sum(widths), width, options)
+        self.banks = Banks(width, widths, options.K, options.temperature) if options.w_P else None
         self.grid, self.options, self.ignore_index = grid, options, ignore_index
 
     def head(self, tokens: Tensor, grid: Grid, dense_grid: Grid | None) -> Tensor:
@@ -198,6 +194,13 @@ class ProCKD(Distiller):
         if o.w_A or o.w_KA:
             z_a = self.head(self.kit.aug(tokens_of(features)), (height, width), None)
             loss = loss + self._guided(out, "aug", z_s, z_a, label, o.w_A, o.w_KA)
+        if self.banks is not None:
+            assignment = self.banks.assignment(batch["tokens"])
+            if o.control == "other_image":
+                assignment = assignment.roll(1, 0)
+            tokens = tokens_of(resized(features, self.grid))
+            out["assignment_kl"], out["perplexity"] = self.banks(tokens, assignment)
+            loss = loss + o.w_P * out["assignment_kl"]
         return {"loss": loss} | out
 
     def _guided(
@@ -219,39 +222,24 @@ class ProCKD(Distiller):
         return total
 
 
-def kmeans(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Centres (count, d) of ``points`` (n, d): k-means++ seeding (Arthur and Vassilvitskii 2007), Lloyd's steps."""
-    centres = points[torch.randint(len(points), (1,), generator=generator)]
-    for _ in range(count - 1):
-        gap = torch.cdist(points, centres).min(1).values.square() + EPS
-        centres = torch.cat([centres, points[torch.multinomial(gap, 1, generator=generator)]])
-    for _ in range(KMEANS_STEPS):
-        nearest = F.one_hot(torch.cdist(points, centres).argmin(1), count).to(points.dtype)
-        size = nearest.sum(0)[:, None]
-        centres = torch.where(size > 0, nearest.T @ points / size.clamp(min=1), centres)
-    return centres
-
-
 @torch.no_grad()
 def init_prototypes(kit: Kit, batches: Any, seed: int) -> None:
     """Set C to the k-means centres of P over the first batches of an epoch."""
-    device = kit.augment.C.device
-    points: list[Tensor] = []
-    for batch in batches.epoch(0):
-        points.append(kit.adapter(batch["tokens"].to(device)).flatten(0, 1))
-        if sum(map(len, points)) >= KMEANS_TOKENS:
-            break
-    generator = torch.Generator().manual_seed(seed)
-    kit.augment.C.copy_(kmeans(torch.cat(points)[:KMEANS_TOKENS].cpu(), len(kit.augment.C), generator))
+    points = kit.adapter(first_tokens(batches.epoch(0)).to(kit.augment.C.device)).cpu()
+    kit.augment.C.copy_(kmeans(points, len(kit.augment.C), torch.Generator().manual_seed(seed)))
 
 
 def distill(cfg: Config, run: Run) -> nn.Module:
     options: Options = cfg.method
     batches, ignore = run.batches("tokens"), run.data.info.get("ignore_index")
     with run.seeded("kit"):
-        distiller = ProCKD(run.student(), batches.channels, batches.grid, options, ignore)
+        distiller = ProCKD(run.student(), batches.tap_channels, batches.grid, options, ignore)
     if options.proto_init == "kmeans":
         init_prototypes(distiller.kit, batches, cfg.seed)
+    if distiller.banks is not None:
+        distiller.banks.learn(first_tokens(batches.epoch(0)), cfg.seed)
+        if options.control == "shuffled":
+            distiller.banks.shuffle(cfg.seed)
     scorer, headline = run.scorer(), run.task.HEADLINE
 
     def score(student: nn.Module) -> dict[str, float]:

@@ -73,7 +73,8 @@ class VisionBatches(Batches):
     """Batches of ``image`` float32 (B, C, H, W) normalised, ``label`` int64 (B,) or (B, H, W), ``index``, ``view``.
 
     With ``wanted``: ``tokens`` float32 (B, L, C), ``pooled`` (B, D), ``teacher_logits`` (B, classes, ...) of the same
-    view. ``grid`` (h, w) and ``channels`` C describe the tokens. Each epoch draws a view for every sample.
+    view. Tokens lie on ``grid`` (h, w); their ``channels`` C are those of the taps, ``tap_channels``, one after the
+    other. Each epoch draws a view for every sample.
     """
 
     def __init__(self, run: Run, wanted: tuple[str, ...]) -> None:
@@ -87,6 +88,7 @@ class VisionBatches(Batches):
         self.extra: dict[str, Lookup] = {}
         self.val_tokens: Array | None = None
         self.grid, self.channels = (1, 1), 0
+        self.tap_channels: tuple[int, ...] = ()
         self._drawn: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
         if wanted:
             self._teach(run, wanted)
@@ -109,6 +111,7 @@ class VisionBatches(Batches):
         sections = run.cfg.section("data", "teacher")
         features = load_features(run.inputs["features"], data_folder=run.inputs["data"], config=sections)
         self.grid, self.channels, self.val_tokens = features.grid, features.taps.shape[-1], features.val_taps[0]
+        self.tap_channels = features.tap_channels
         tables: dict[str, Array | None] = {"tokens": features.taps, "pooled": features.pooled}
         for name in wanted:
             if name == "teacher_logits":

@@ -16,7 +16,9 @@ from toolchain.config import TrainSection
 from toolchain.tasks import Data
 from toolchain.train import Run
 
-CLASSES, WIDTH, CHANNELS, GRID, COUNT = 3, 6, 10, (2, 2), 36
+CLASSES, WIDTH, GRID, COUNT = 3, 6, (2, 2), 36
+TAP_CHANNELS = (4, 6)
+CHANNELS = sum(TAP_CHANNELS)
 
 
 class TinyStudent(nn.Module):
@@ -63,7 +65,7 @@ def samples(count: int = COUNT, dense: bool = False) -> dict[str, Tensor]:
 
 
 class TinyBatches(Batches):
-    grid, channels = GRID, CHANNELS
+    grid, channels, tap_channels = GRID, CHANNELS, TAP_CHANNELS
 
     def __init__(self, batch_size: int = 8, dense: bool = False, count: int = COUNT) -> None:
         self.samples = samples(count, dense)

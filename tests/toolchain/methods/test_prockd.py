@@ -11,6 +11,7 @@ from tests.toolchain.methods.doubles import (
     CHANNELS,
     CLASSES,
     GRID,
+    TAP_CHANNELS,
     WIDTH,
     TinyBatches,
     same,
@@ -34,7 +35,7 @@ def options(**keys):
 
 def distiller(dense=False, **keys):
     torch.manual_seed(0)
-    made = prockd.ProCKD(student(dense=dense), CHANNELS, GRID, options(**keys), 255 if dense else None)
+    made = prockd.ProCKD(student(dense=dense), TAP_CHANNELS, GRID, options(**keys), 255 if dense else None)
     made.progress = 0.5
     return made
 
@@ -140,7 +141,7 @@ def test_06_aug_mode_needs_no_teacher_and_keeps_only_c_we_and_a(tmp_path):
 def test_07_other_grids_and_widths_than_the_students():
     batch = samples()
     batch["tokens"] = torch.randn(len(batch["label"]), 3 * 5, 17)
-    made = prockd.ProCKD(student(), 17, (3, 5), options())
+    made = prockd.ProCKD(student(), (7, 10), (3, 5), options())
     made(batch)["loss"].backward()
     assert "kit.adapter.0.weight" in gradients(made)
 
