@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.formats import TableError, markdown, score
+from benchmarks.formats import TableError, count, markdown, score
 
 BASELINES = ("plain", "ce")  # a study's methods are compared with the first of these that it has
 REFERENCES = Path(__file__).parent / "results" / "references" / "ppt_eth_ucy.json"
@@ -77,10 +77,12 @@ def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, 
     return groups
 
 
-def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean ± sd over seeds of each (dataset, method), and the paired difference to the study's baseline.
+def study_table(rows: Sequence[Mapping[str, Any]], against: str | None = None) -> str:
+    """Mean ± sd over seeds of each (dataset, method), and the paired difference to the method ``against``, or else to
+    the study's baseline. Raises TableError.
 
-    The headline metric is the first of a row's ``metrics``; for trajectories see ``trajectory_tables``.
+    The headline metric is the first of a row's ``metrics``, more is better: the best method stands first. For
+    trajectories see ``trajectory_tables``.
     """
     if not rows:
         return "No results yet.\n"
@@ -88,20 +90,25 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
     if all("minADE" in row["metrics"] for row in rows):
         return trajectory_tables(groups)
     body = []
-    base = next((name for name in BASELINES if any(name in methods for methods in groups.values())), BASELINES[0])
+    known = list(dict.fromkeys(name for methods in groups.values() for name in methods))
+    if against is not None and against not in known:
+        raise TableError(f"against {against}: no such method among {', '.join(known)}")
+    base = against or next((name for name in BASELINES if name in known), BASELINES[0])
     for dataset, methods in groups.items():
         metric = next(iter(rows_of(methods)[0]["metrics"]))
-        plain = methods.get(base, {})
-        for method in sorted(methods, key=lambda name: name != base):
-            by_seed = methods[method]
-            shared = sorted(set(by_seed) & set(plain)) if method != base else []
-            differences = [by_seed[s]["metrics"][metric] - plain[s]["metrics"][metric] for s in shared]
-            values = [by_seed[seed]["metrics"][metric] for seed in sorted(by_seed)]
-            devices = ", ".join(dict.fromkeys(str(row.get("device", "–")) for row in by_seed.values()))
-            change = paired(differences) if differences else "–"
-            body.append([dataset, method, metric, mean_sd(values), change, str(len(values)), devices])
-    title = ["dataset", "method", "metric", "mean ± sd", f"difference to {base} ± sd [95 %]", "seeds", "device"]
-    return markdown(title, body, right=title[3:6])
+        score_of = {
+            method: {seed: float(row["metrics"][metric]) for seed, row in sorted(by_seed.items())}
+            for method, by_seed in methods.items()
+        }
+        for method in sorted(methods, key=lambda name: -statistics.fmean(score_of[name].values())):
+            mine, other = score_of[method], score_of.get(base, {})
+            shared = sorted(set(mine) & set(other)) if method != base else []
+            change = paired([mine[seed] - other[seed] for seed in shared]) if shared else "–"
+            parameters = {row.get("parameters") for row in methods[method].values()}
+            size = " or ".join(count(value) for value in sorted(parameters, key=str))
+            body.append([dataset, method, size, metric, mean_sd(list(mine.values())), change, str(len(mine))])
+    title = ["dataset", "method", "params", "metric", "mean ± sd", f"difference to {base} ± sd [95 %]", "seeds"]
+    return f"{markdown(title, body, right=[title[2], *title[4:]])}\n{_made_on(groups)}"
 
 
 def rows_of(methods: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
@@ -215,5 +222,6 @@ def _made_on(groups: Methods) -> str:
     for row in rows:
         where.setdefault(str(row.get("device", "a device not recorded")), {})[row["method"]] = None
     told = [device if len(where) == 1 else f"{device} ({', '.join(methods)})" for device, methods in where.items()]
-    protocols = dict.fromkeys(str(row["protocol"]).strip() for row in rows if row.get("protocol"))
+    protocols = list(dict.fromkeys(str(row["protocol"]).strip() for row in rows if row.get("protocol")))
+    protocols = [one for one in protocols if not any(one != other and one in other for other in protocols)]
     return " ".join([*protocols, f"Computed on {'; '.join(told)}."]) + "\n"

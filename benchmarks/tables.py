@@ -4,7 +4,9 @@
     python -m benchmarks.tables [--check] [--results benchmarks/results] README.md ...
 
 Between ``<!-- results:<name> -->`` and ``<!-- /results -->`` a document holds the table of ``<name>.jsonl``, a study,
-or of ``<name>.json``: a run's summary, or what ``benchmarks.overhead``, ``.distillation`` or ``.ppt`` measured.
+or of ``<name>.json``: a run's summary, or what ``benchmarks.overhead``, ``.distillation`` or ``.ppt`` measured. Of a
+study, ``<!-- results:<name> against <method> of <dataset> -->`` gives the paired differences to that method, and the
+rows of that dataset alone; both parts may be left out.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ from toolchain.stage import console, guard
 RESULTS = Path(__file__).parent / "results"
 NOISY = 0.25  # a training benchmark whose rounds differ by more is marked
 LEAST_WIDTH = 100  # a cut column says nothing; a terminal that is narrower wraps
-MARKED = re.compile(r"(<!-- results:(?P<study>[\w.-]+) -->\n)(?P<body>.*?)(<!-- /results -->)", re.DOTALL)
+MARKED = re.compile(
+    r"(<!-- results:(?P<study>[\w.-]+)(?: against (?P<base>[^>]+?))?(?: of (?P<dataset>[\w.-]+))? -->\n)"
+    r"(?P<body>.*?)(<!-- /results -->)",
+    re.DOTALL,
+)
 COLUMNS = ("row", "params", "size", "score", "change", "agreement", "p50 ms", "speed-up")
 NUMERIC = COLUMNS[1:]
 
@@ -232,8 +238,9 @@ def render(text: str, results: Path, what: str) -> str:
         if measured.is_file():
             table = measured_table(json.loads(measured.read_text(encoding="utf-8")), str(measured))
         else:
-            table = study_table(read_results(results / f"{match['study']}.jsonl"))
-        return f"{match[1]}\n{table}\n{match[4]}"
+            rows = read_results(results / f"{match['study']}.jsonl")
+            table = study_table([row for row in rows if match["dataset"] in (None, row["dataset"])], match["base"])
+        return f"{match[1]}\n{table}\n<!-- /results -->"
 
     return MARKED.sub(replaced, text)
 

@@ -37,15 +37,27 @@ def write(folder: Path, name: str = "digits", extra: list[dict[str, Any]] | None
 
 def test_a_study_shows_mean_sd_and_the_paired_difference_of_equal_seeds(tmp_path: Path) -> None:
     table = tables.study_table(tables.read_results(write(tmp_path)))
-    plain, prockd = table.splitlines()[2:]
-    assert plain == "| digits | plain | accuracy | 91.00 ± 1.00 | – | 3 | cpu |"
+    prockd, plain, _, made_on = table.splitlines()[2:]
+    assert plain == "| digits | plain | – | accuracy | 91.00 ± 1.00 | – | 3 |"
     # differences 1, 1.5, 1: mean 1.167, sd 0.289, t(2) 4.303 / sqrt(3) * sd = 0.717
-    assert prockd == "| digits | prockd | accuracy | 92.17 ± 1.26 | +1.17 ± 0.29 [+0.45, +1.88] | 3 | cpu |"
+    assert prockd == "| digits | prockd | – | accuracy | 92.17 ± 1.26 | +1.17 ± 0.29 [+0.45, +1.88] | 3 |"
+    assert made_on == "Computed on cpu."
+
+
+def test_a_study_is_compared_with_any_of_its_methods(tmp_path: Path) -> None:
+    write(tmp_path)
+    text = "<!-- results:digits against prockd of digits -->\n<!-- /results -->"
+    assert "| digits | plain | – | accuracy | 91.00 ± 1.00 | −1.17 ± 0.29 [−1.88, −0.45] | 3 |" in tables.render(
+        text, tmp_path, "a.md"
+    )
+    with pytest.raises(tables.TableError, match="no such method among prockd, plain"):
+        tables.render(text.replace("prockd of", "hinton of"), tmp_path, "a.md")
+    assert "No results yet" in tables.render(text.replace("of digits", "of mnist"), tmp_path, "a.md")
 
 
 def test_a_seed_run_twice_counts_once_and_unpaired_seeds_do_not_pair(tmp_path: Path) -> None:
     extra = [{"method": "prockd", "dataset": "digits", "seed": s, "metrics": {"accuracy": 99.0}} for s in (0, 7)]
-    line = tables.study_table(tables.read_results(write(tmp_path, extra=extra))).splitlines()[-1]
+    line = tables.study_table(tables.read_results(write(tmp_path, extra=extra))).splitlines()[2]
     assert "| 4 |" in line
     assert "+3.83" in line
 
@@ -53,7 +65,7 @@ def test_a_seed_run_twice_counts_once_and_unpaired_seeds_do_not_pair(tmp_path: P
 def test_rows_of_an_earlier_config_do_not_count(tmp_path: Path) -> None:
     row = {"method": "prockd", "dataset": "digits", "metrics": {"accuracy": 99.0}, "config_sha256": "new"}
     extra = [row | {"seed": 5, "config_sha256": "older"}, row | {"seed": 0}, row | {"seed": 1}]
-    line = tables.study_table(tables.read_results(write(tmp_path, extra=extra))).splitlines()[-1]
+    line = tables.study_table(tables.read_results(write(tmp_path, extra=extra))).splitlines()[2]
     assert "| 99.00 ± 0.00 |" in line
     assert "| 2 |" in line
 

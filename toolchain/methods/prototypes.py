@@ -68,13 +68,14 @@ class Banks(nn.Module):
         self.register_buffer("C", torch.zeros(count, sum(widths)))
         self.predict = nn.Linear(width, count * len(widths))
 
-    def _taps(self, value: Tensor) -> tuple[Tensor, ...]:
+    def parts(self, value: Tensor) -> tuple[Tensor, ...]:
+        """``value`` (..., c) by tap."""
         return torch.split(value, self.widths, -1)
 
     @torch.no_grad()
     def learn(self, tokens: Tensor, seed: int) -> None:
         """Set every bank to the spherical k-means centres of its part of ``tokens`` (n, c)."""
-        parts = [unit(points) for points in self._taps(tokens)]
+        parts = [unit(points) for points in self.parts(tokens)]
         found = [unit(kmeans(points, self.count, torch.Generator().manual_seed(seed))) for points in parts]
         self.C.copy_(torch.cat(found, -1))
 
@@ -83,13 +84,13 @@ class Banks(nn.Module):
         """The control: every channel permuted over the prototypes, so that none is a part of any image."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.rand(self.C.shape, generator=generator).argsort(0)
-        self.C.copy_(torch.cat([unit(part) for part in self._taps(self.C.cpu().gather(0, order))], -1))
+        self.C.copy_(torch.cat([unit(part) for part in self.parts(self.C.cpu().gather(0, order))], -1))
 
     @torch.no_grad()
     def assignment(self, tokens: Tensor) -> Tensor:
         """A (B, N, taps, K) of teacher tokens (B, N, c)."""
         with torch.autocast(tokens.device.type, enabled=False):
-            parts = zip(self._taps(tokens), self._taps(self.C), strict=True)
+            parts = zip(self.parts(tokens), self.parts(self.C), strict=True)
             return torch.stack([(unit(t) @ c.T / self.temperature).softmax(-1) for t, c in parts], -2)
 
     def forward(self, tokens: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
