@@ -37,7 +37,7 @@ class StudySection(Section):
     """A study's YAML. ``datasets`` and ``methods`` map a row's name to overrides of the base config.
 
     ``keep``: leave each run's student as an artifact, ``<work>/<study>/students/<dataset>-<method>-<seed>``.
-    ``only``: the datasets that a method runs on, where not on all.
+    ``only``: the datasets that a method runs on, where not on all. ``tuned``: overrides of a method on one dataset.
     """
 
     study: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -49,15 +49,18 @@ class StudySection(Section):
     common: dict[str, Any] = Field(default_factory=dict)
     keep: bool = False
     only: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
+    tuned: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _sound(self) -> StudySection:
-        for method, datasets in self.only.items():
+        named = [("only", method, datasets) for method, datasets in self.only.items()]
+        named += [("tuned", method, [dataset]) for dataset, methods in self.tuned.items() for method in methods]
+        for key, method, datasets in named:
             if method not in self.methods:
-                raise ValueError(f"only: no method {method!r}; {allowed(method, list(self.methods))}")
+                raise ValueError(f"{key}: no method {method!r}; {allowed(method, list(self.methods))}")
             for dataset in datasets:
                 if dataset not in self.datasets:
-                    raise ValueError(f"only.{method}: no dataset {dataset!r}; {allowed(dataset, list(self.datasets))}")
+                    raise ValueError(f"{key}.{method}: no dataset {dataset!r}; {allowed(dataset, list(self.datasets))}")
         return self
 
     def runs(self, method: str, dataset: str) -> bool:
@@ -100,7 +103,8 @@ def rows(path: Path, overrides: Sequence[str] = ()) -> tuple[StudySection, list[
         if not study.runs(method, dataset):
             continue
         config = json.loads(json.dumps(base))
-        for changes in (study.common, data_changes, method_changes):
+        own_changes = study.tuned.get(dataset, {}).get(method, {})
+        for changes in (study.common, data_changes, method_changes, own_changes):
             _merge(config, changes)
         config |= {"name": study.study, "seed": seed}
         apply_overrides(config, [override for override in overrides if override not in own])
@@ -114,6 +118,8 @@ def _merge(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
         *parents, last = dotted.split(".")
         place = config
         for parent in parents:
+            if parent == "method" and isinstance(place.get(parent), str):
+                place[parent] = {"name": place[parent]}
             place = place.setdefault(parent, {})
         if isinstance(item, Mapping) and isinstance(place.get(last), dict) and dotted != "method":
             _merge(place[last], item)
