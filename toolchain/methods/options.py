@@ -111,6 +111,8 @@ class ProCKD(Section):
             raise ValueError(
                 "w_T=0 with stop_grad and w_KL>0 makes an untrained branch the target, and the student collapses"
             )
+        if self.control != "none" and not self.w_P:
+            raise ValueError(f"control={self.control} breaks the assignment, which w_P=0 leaves out; set w_P")
         if self.infer == "aug" and not self.feature_augmentation:
             raise ValueError("infer=aug needs feature_augmentation")
         return self

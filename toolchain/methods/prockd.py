@@ -199,7 +199,7 @@ class ProCKD(Distiller):
             if o.control == "other_image":
                 assignment = assignment.roll(1, 0)
             tokens = tokens_of(resized(features, self.grid))
-            out["assignment_kl"], out["perplexity"] = self.banks(tokens, assignment)
+            out["assignment_kl"], out["bank_perplexity"] = self.banks(tokens, assignment)
             loss = loss + o.w_P * out["assignment_kl"]
         return {"loss": loss} | out
 

@@ -86,7 +86,7 @@ def distiller(**keys):
 def test_the_preset_adds_its_weighted_loss_and_nothing_else():
     out = {name: value.item() for name, value in distiller(w_P=3)(samples()).items()}
     assert out["loss"] == pytest.approx(out["ce"] + 3 * out["assignment_kl"], rel=1e-5)
-    assert 1 < out["perplexity"] <= 5
+    assert 1 < out["bank_perplexity"] <= 5
 
 
 def test_another_images_assignment_is_a_harder_target():
@@ -95,6 +95,11 @@ def test_another_images_assignment_is_a_harder_target():
     tokens = torch.randn(len(assignment), 4, WIDTH)
     assert wrong(batch)["assignment_kl"] != right(batch)["assignment_kl"]
     torch.testing.assert_close(right.banks(tokens, assignment.roll(1, 0))[1], right.banks(tokens, assignment)[1])
+
+
+def test_a_control_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="control=shuffled breaks the assignment"):
+        Options(name="prockd", control="shuffled")
 
 
 @pytest.mark.parametrize("control", ["none", "shuffled", "other_image"])
