@@ -29,7 +29,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 tables: $(STAMP)
-	$(BIN)/python -m benchmarks.tables README.md
+	$(BIN)/python -m benchmarks.tables README.md docs/*.md
 
 # uv is taken from the PATH, or installed with pip into a small environment of its own.
 $(STAMP): requirements.txt pyproject.toml

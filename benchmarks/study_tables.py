@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ BASELINES = ("plain", "ce")  # a study's methods are compared with the first of 
 REFERENCES = Path(__file__).parent / "results" / "references" / "ppt_eth_ucy.json"
 AVG = "avg"
 TEST_SELECTED = "test_selected_"
+SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z(])")
 Methods = Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]]  # dataset -> method -> seed -> row
 Pair = tuple[float, float]
 # Student's t, 0.975 quantile, 1 to 30 degrees of freedom.
@@ -216,12 +218,11 @@ def _reference_cells(row: Mapping[str, Any], columns: Sequence[str], averaged: S
 
 
 def _made_on(groups: Methods) -> str:
-    """The protocol, and which methods ran on which device."""
+    """The protocols, no sentence twice, and which methods ran on which device."""
     rows = [row for methods in groups.values() for row in rows_of(methods)]
     where: dict[str, dict[str, None]] = {}
     for row in rows:
         where.setdefault(str(row.get("device", "a device not recorded")), {})[row["method"]] = None
     told = [device if len(where) == 1 else f"{device} ({', '.join(methods)})" for device, methods in where.items()]
-    protocols = list(dict.fromkeys(str(row["protocol"]).strip() for row in rows if row.get("protocol")))
-    protocols = [one for one in protocols if not any(one != other and one in other for other in protocols)]
-    return " ".join([*protocols, f"Computed on {'; '.join(told)}."]) + "\n"
+    sentences = [sentence for row in rows for sentence in SENTENCE.split(str(row.get("protocol", "")).strip())]
+    return " ".join([*filter(None, dict.fromkeys(sentences)), f"Computed on {'; '.join(told)}."]) + "\n"

@@ -44,6 +44,15 @@ def test_a_study_shows_mean_sd_and_the_paired_difference_of_equal_seeds(tmp_path
     assert made_on == "Computed on cpu."
 
 
+def test_no_sentence_of_a_protocol_stands_twice(tmp_path: Path) -> None:
+    row = {"method": "prockd", "dataset": "digits", "metrics": {"accuracy": 99.0}, "device": "cpu"}
+    extra = [
+        row | {"seed": s, "protocol": f"At .5 and 1.5 epochs. {what} (both)."} for s, what in enumerate(("A", "B"))
+    ]
+    lines = tables.study_table(tables.read_results(write(tmp_path, extra=extra))).splitlines()
+    assert lines[-1] == "At .5 and 1.5 epochs. B (both). A (both). Computed on cpu."
+
+
 def test_a_study_is_compared_with_any_of_its_methods(tmp_path: Path) -> None:
     write(tmp_path)
     text = "<!-- results:digits against prockd of digits -->\n<!-- /results -->"
