@@ -25,6 +25,10 @@ from toolchain.qa_metrics import bootstrap, paired, wilcoxon
 from toolchain.stage import guard
 
 NAME = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")
+NOTE = (
+    "F1 in percent. One question is one sample: its translations, and the seeds, are averaged first. Interval and p: "
+    "bootstrap over questions; Wilcoxon's signed-rank test beside it."
+)
 Scores = dict[int, dict[str, dict[str, float]]]  # seed -> part -> sample -> score
 
 

@@ -15,6 +15,13 @@ from benchmarks.formats import TableError, count, markdown, score
 BASELINES = ("plain", "ce")  # a study's methods are compared with the first of these that it has
 REFERENCES = Path(__file__).parent / "results" / "references" / "ppt_eth_ucy.json"
 AVG = "avg"
+QUESTIONS = {
+    "gxlt_em": "G-XLT EM",
+    "xlt_f1": "XLT F1",
+    "gxlt_off_f1": "G-XLT F1 off the diagonal",
+    "unseen_f1": "F1, languages not trained on",
+    "tydiqa_f1": "TyDiQA F1",
+}
 TEST_SELECTED = "test_selected_"
 SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z(])")
 Methods = Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]]  # dataset -> method -> seed -> row
@@ -84,7 +91,7 @@ def study_table(rows: Sequence[Mapping[str, Any]], against: str | None = None) -
     the study's baseline. Raises TableError.
 
     The headline metric is the first of a row's ``metrics``, more is better: the best method stands first. For
-    trajectories see ``trajectory_tables``.
+    trajectories see ``trajectory_tables``; questions have a column per average.
     """
     if not rows:
         return "No results yet.\n"
@@ -96,6 +103,7 @@ def study_table(rows: Sequence[Mapping[str, Any]], against: str | None = None) -
     if against is not None and against not in known:
         raise TableError(f"against {against}: no such method among {', '.join(known)}")
     base = against or next((name for name in BASELINES if name in known), BASELINES[0])
+    more = {name: title for name, title in QUESTIONS.items() if all(name in row["metrics"] for row in rows)}
     for dataset, methods in groups.items():
         metric = next(iter(rows_of(methods)[0]["metrics"]))
         score_of = {
@@ -108,8 +116,10 @@ def study_table(rows: Sequence[Mapping[str, Any]], against: str | None = None) -
             change = paired([mine[seed] - other[seed] for seed in shared]) if shared else "–"
             parameters = {row.get("parameters") for row in methods[method].values()}
             size = " or ".join(count(value) for value in sorted(parameters, key=str))
-            body.append([dataset, method, size, metric, mean_sd(list(mine.values())), change, str(len(mine))])
-    title = ["dataset", "method", "params", "metric", "mean ± sd", f"difference to {base} ± sd [95 %]", "seeds"]
+            others = [mean_sd([float(row["metrics"][name]) for row in methods[method].values()]) for name in more]
+            body.append([dataset, method, size, metric, mean_sd(list(mine.values())), change, *others, str(len(mine))])
+    change = f"difference to {base} ± sd [95 %]"
+    title = ["dataset", "method", "params", "metric", "mean ± sd", change, *more.values(), "seeds"]
     return f"{markdown(title, body, right=[title[2], *title[4:]])}\n{_made_on(groups)}"
 
 

@@ -4,9 +4,9 @@
     python -m benchmarks.tables [--check] [--results benchmarks/results] README.md ...
 
 Between ``<!-- results:<name> -->`` and ``<!-- /results -->`` a document holds the table of ``<name>.jsonl``, a study,
-or of ``<name>.json``: a run's summary, or what ``benchmarks.overhead``, ``.distillation`` or ``.ppt`` measured. Of a
-study, ``<!-- results:<name> against <method> of <dataset> -->`` gives the paired differences to that method, and the
-rows of that dataset alone; both parts may be left out.
+or of ``<name>.json``: a summary, or what ``benchmarks.overhead``, ``.distillation``, ``.ppt`` or ``.paired`` found.
+Of a study, ``<!-- results:<name> against <method> of <dataset> -->`` gives the paired differences to that method, and
+the rows of that dataset alone; both parts may be left out.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks import paired
 from benchmarks.formats import TableError, count, markdown, ms, scored, share, size, times, titled
 from benchmarks.study_tables import read_results, study_table
 from toolchain.stage import console, guard
@@ -173,9 +174,13 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
         return f"{markdown(title, body, right=title[1:])}\np50, batch 1, {device(value['environment'])}.\n"
     if "training" in value and "inference" in value:
         return _ppt_tables(value)
+    if "comparisons" in value:
+        return f"{paired.table(value['comparisons'], value['against'])}\n{paired.NOTE}\n"
     if "rows" in value:
         return summary_markdown(value)
-    raise TableError(f"{what}: neither a summary nor a measurement of benchmarks.overhead, .distillation or .ppt")
+    raise TableError(
+        f"{what}: neither a summary nor a measurement of benchmarks.overhead, .distillation, .ppt or .paired"
+    )
 
 
 def _ppt_tables(value: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import paired
+from benchmarks import paired, tables
 
 
 def samples(folder: Path, name: str, shift: float, seed: int) -> None:
@@ -34,7 +34,10 @@ def test_methods_are_compared_by_question_over_their_seeds(tmp_path: Path, capsy
     assert 2 < row["low"] < row["mean"] < row["high"] < 4
     assert row["p"] < 0.01
     assert row["p_wilcoxon"] < 0.01
-    assert "| ntl3 | skd-map | cells |" in capsys.readouterr().out
+    assert (line := "| ntl3 | skd-map | cells |") in capsys.readouterr().out
+    text = "<!-- results:out -->\n<!-- /results -->\n"
+    assert line in (shown := tables.render(text, tmp_path, "README.md"))
+    assert paired.NOTE in shown
 
 
 def test_a_missing_baseline_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

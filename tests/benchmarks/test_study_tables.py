@@ -103,3 +103,22 @@ def test_the_references_are_whole() -> None:
     for one in known["rows"]:
         assert set(SCENES) <= set(one["scores"])
         assert one["source"]
+
+
+def test_questions_have_a_column_for_each_average_that_all_rows_have() -> None:
+    scores = {"gxlt_f1": 50.0, "gxlt_em": 30.0, "xlt_f1": 55.0, "gxlt_off_f1": 48.0, "unseen_f1": 40.0}
+    rows = [
+        {"dataset": "ntl2", "method": method, "seed": seed, "parameters": 4_000_000}
+        | {"metrics": {name: value + seed + gain for name, value in scores.items()}}
+        for method, gain in (("ce", 0), ("skd", 2))
+        for seed in (0, 1)
+    ]
+    found = lines(rows)
+    assert found[0].endswith(
+        "| difference to ce ± sd [95 %] | G-XLT EM | XLT F1 | G-XLT F1 off the diagonal | F1, languages not trained on "
+        "| seeds |"
+    )
+    assert found[2].startswith("| ntl2 | skd | 4 M | gxlt_f1 | 52.50 ± 0.71 | +2.00 ± 0.00")
+    assert found[2].endswith("| 32.50 ± 0.71 | 57.50 ± 0.71 | 50.50 ± 0.71 | 42.50 ± 0.71 | 2 |")
+    del rows[0]["metrics"]["unseen_f1"]
+    assert "not trained on" not in lines(rows)[0]
