@@ -32,7 +32,8 @@ class TrainSection(Section):
     """One training: AdamW; ``lr`` is the peak learning rate.
 
     ``batch_size`` counts the samples of all ``processes`` together; there is one process per GPU. The validation
-    split is scored every ``score_every`` epochs and after the last; ``select: best`` chooses among those.
+    split is scored every ``score_every`` epochs and after the last; ``select: best`` chooses among those. A checkpoint
+    is due every ``checkpoint_seconds``; where saving is slow, up to ten times less often.
     """
 
     epochs: Positive = 30

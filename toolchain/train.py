@@ -36,6 +36,7 @@ from toolchain.tasks import Data, load_task
 Score = Callable[[nn.Module], Mapping[str, float]]
 Moments = dict[str, float]
 SECTIONS = ("seed", "task", "data", "teacher", "student", "method")  # that a stage depends on
+SAVING = 20  # a checkpoint's time is waited for as often before the next, so that saving takes 5 % of a training
 DRAIN_STEPS = 32  # on an accelerator, steps between two looks at the losses: a look waits for the device
 
 
@@ -243,6 +244,7 @@ class _Training:
         """Train to the last epoch and write the stage's artifact."""
         self._resume()
         self.started = self.checked = time.monotonic()
+        self.patience = self.recipe.checkpoint_seconds
         bar_of = _silent if self.run.quiet or not self.accelerator.is_main_process else progress
         with _interrupts_deferred() as asked, bar_of(self.name, self.total) as bar:
             bar.advance(self.step)
@@ -369,7 +371,7 @@ class _Training:
         return self.seconds + time.monotonic() - self.started
 
     def _save_if_due(self, asked: threading.Event) -> None:
-        stop, due = asked.is_set(), time.monotonic() - self.checked >= self.recipe.checkpoint_seconds
+        stop, due = asked.is_set(), time.monotonic() - self.checked >= self.patience
         if self.accelerator.num_processes > 1:
             told = [stop, due]
             broadcast_object_list(told)
@@ -381,6 +383,7 @@ class _Training:
             raise KeyboardInterrupt
 
     def _save(self) -> None:
+        began = time.monotonic()
         tensors = {f"model.{name}": value for name, value in self.distiller.state_dict().items()}
         for place, frozen in frozen_parts(self.distiller).items():
             if frozen.refreshed:
@@ -395,6 +398,8 @@ class _Training:
         if self.accelerator.is_main_process:
             self.saved = checkpoint.save(self.folder, self.step, tensors, state)
         self.checked = time.monotonic()
+        asked = self.recipe.checkpoint_seconds
+        self.patience = max(asked, min(SAVING * (self.checked - began), 10 * asked))
 
     def _gathered(self, value: Tensor) -> Tensor:
         gathered: Tensor = self.accelerator.gather(value.to(self.device)[None])

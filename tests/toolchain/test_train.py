@@ -136,6 +136,27 @@ def test_ctrl_c_saves_and_propagates(tmp_path, signals):
     assert same(weights(expected[1]), weights(found[1]))
 
 
+@pytest.mark.parametrize(("cost", "apart"), [(0.0, 2), (0.25, 10), (100.0, 20)])
+def test_slow_checkpoints_are_saved_less_often_but_not_ten_times_less(tmp_path, monkeypatch, cost, apart):
+    """A step takes 0.5 s, a checkpoint is due every second; five seconds are waited for one of 0.25 s."""
+    clock, saved, save = [0.0], [], checkpoint.save
+
+    class Ticking(TinyBatches):
+        def pick(self, index, epoch):
+            clock[0] += 0.5
+            return super().pick(index, epoch)
+
+    def slow(folder, step, *contents):
+        saved.append(step)
+        clock[0] += cost
+        return save(folder, step, *contents)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr("toolchain.train.time.monotonic", lambda: clock[0])
+    train(tiny_run(tmp_path, train={"checkpoint_seconds": 1, "epochs": 20}), batches=Ticking())
+    assert saved[:3] == [2, 2 + apart, 2 + 2 * apart]
+
+
 def test_a_damaged_checkpoint_gives_way_to_the_older_one_then_to_a_new_start(tmp_path, capsys):
     expected = weights(train(tiny_run(tmp_path / "whole"))[0])
     for bad in (1, 2):
