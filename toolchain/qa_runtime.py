@@ -37,14 +37,19 @@ class Answer:
 
 
 class QaRuntime:
-    """A loaded model with its tokenizer. Safe to call from several threads."""
+    """A loaded model with its tokenizer. Safe to call from several threads.
+
+    Dynamic int8 takes its scales from the whole batch, so such a graph gets one window at a time: an answer does not
+    depend on what is asked beside it.
+    """
 
     def __init__(self, model: Runtime, tokenizer: Any, settings: dict[str, Any], batch: int) -> None:
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
         self.layout, self.cut, self.pad = layout_of(tokenizer), cut_of(settings["windows"]), int(settings["pad"])
-        profile = model.manifest.extra.get("profile", {}) if model.manifest else {}
-        shapes = list(profile.values())
-        self.batch = min([batch, *(int(shape["max"][0]) for shape in shapes)])
+        extra = model.manifest.extra if model.manifest else {}
+        shapes = list(extra.get("profile", {}).values())
+        alone = [1] if extra.get("calibration", {}).get("method") == "dynamic" else []
+        self.batch = min([batch, *alone, *(int(shape["max"][0]) for shape in shapes)])
         self.least = max([1, *(int(shape["min"][1]) for shape in shapes)])
 
     def answer(self, question: str, context: str) -> Answer:

@@ -229,7 +229,8 @@ class QaStudent(Section):
     """A smaller encoder out of the teacher's layers and vocabulary, distilled from it on all training windows.
 
     ``ce``, ``kd`` and ``hidden`` weigh cross-entropy, softened logits, and the squared difference of layer-normalised
-    hidden states. ``vocabulary``: ``used`` keeps the pieces of the training texts and ``extra_pieces`` others.
+    hidden states. ``vocabulary``: ``used`` keeps the pieces of all texts of the training articles, and ``extra_pieces``
+    others.
     """
 
     name: Literal["qa_student"]

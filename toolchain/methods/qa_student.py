@@ -12,6 +12,8 @@ left as they are (TinyBERT), so that no layer outweighs another; one training wi
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ from toolchain.distiller import Batch, Distiller, Frozen
 from toolchain.losses import accuracy, cross_entropy, hinton_kd
 from toolchain.methods.options import QaStudent
 from toolchain.tasks.qa_batches import SpanBatches
+from toolchain.tasks.qa_data import USED
 from toolchain.tasks.qa_nets import QaNet, kept_layers, layers_of, load, smaller
 from toolchain.tasks.qa_tokenizer import TOKENIZER, check_same, used_pieces
 from toolchain.train import Run
@@ -73,7 +76,8 @@ def distill(cfg: Config, run: Run) -> nn.Module:
     layers = kept_layers(total, cfg.student.layers or total)
     splits = tuple(name for name in ("first", "train") if name in run.data.splits)
     batches = SpanBatches(run, splits, cfg.train.batch_size)
-    pieces = used_pieces(teacher.tokenizer, [batches.ids], o.extra_pieces) if o.vocabulary == "used" else None
+    used = [batches.ids, np.array(json.loads(run.data.files[USED]), np.int64)]
+    pieces = used_pieces(teacher.tokenizer, used, o.extra_pieces) if o.vocabulary == "used" else None
     student = smaller(teacher, layers, pieces)
     if pieces is not None:
         total = int(teacher.encoder.config.vocab_size)

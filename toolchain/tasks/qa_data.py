@@ -6,6 +6,7 @@ Splits: ``first`` (one language, for the first stage; may be absent), ``train`` 
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from toolchain.tasks.qa import DataSection
 
 ByLanguage = Mapping[str, Sequence[Question]]
+USED = "pieces.json"  # the pieces in use in the languages of the data: what a smaller vocabulary keeps
 FEEDS = ("input_ids", "attention_mask")
 CELLS, UNSEEN, TYDIQA = "cells", "unseen", "tydiqa"  # parts of a scored split
 TRAINED_PIECES = 2000
@@ -41,6 +43,7 @@ class Sets:
     test: dict[str, list[Question]]
     notes: list[str] = field(default_factory=list)
     tokenizer: str | None = None  # where the source brings its own
+    texts: set[str] = field(default_factory=set)  # of all articles that may be trained on, used for training or not
 
 
 def assemble(section: DataSection) -> Data:
@@ -69,7 +72,7 @@ def assemble(section: DataSection) -> Data:
         "questions": {"first": len(sets.first), "train ids": len(sets.train), "train": len(train)},
         "note": " ".join(sets.notes) or None,
     }
-    return Data(splits, info, {TOKENIZER: text})
+    return Data(splits, info, {TOKENIZER: text, USED: json.dumps(maker.pieces(sets.texts))})
 
 
 def _check(sets: Sets) -> None:
@@ -203,12 +206,14 @@ def _sets(
             here[language] for here in parts[1].values() for language in section.unseen if language in here
         ]
         tested[UNSEEN] = [replace(q, id=f"{q.id}_{q.language}-{q.language}") for q in tested[UNSEEN]]
+    readable = [*first, *(question for questions in own.values() for question in questions)]
     return Sets(
         _of(first, section.first_questions),
         {name: ids[name] for name in kept},
         {CELLS: all_pairs(parts[0], section.languages)},
         tested,
         notes,
+        texts={text for question in readable for text in (question.question, question.context)},
     )
 
 
@@ -251,6 +256,11 @@ class _Maker:
             "normaliser": self.section.normaliser,
         }
         return Split({name: array[order] for name, array in found.items()}, FEEDS, meta, "attention_mask")
+
+    def pieces(self, texts: set[str]) -> list[int]:
+        """The numbers of the pieces that ``texts`` are cut into, sorted."""
+        found = self.tokenizer.encode_batch(sorted(texts), add_special_tokens=False)
+        return sorted({number for text in found for number in text.ids})
 
     def _arrays(self, questions: Sequence[Question], settings: Any, decode: bool) -> Arrays:
         cut = Cut(settings.max_length, settings.max_question, settings.step, settings.overlap)

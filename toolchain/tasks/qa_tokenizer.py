@@ -19,6 +19,7 @@ from toolchain.tasks.datasets import data_root
 
 TOKENIZER = "tokenizer.json"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+CUTTING = ("normalizer", "pre_tokenizer", "model", "post_processor")  # of tokenizer.json: what cuts a text into pieces
 
 
 class TokenizerError(EdgestillError):
@@ -61,16 +62,22 @@ def parse(text: str) -> Any:
 
 
 def check_same(mine: str, other: str, who: str) -> None:
-    """Raise TokenizerError unless two ``tokenizer.json`` have the same pieces under the same numbers."""
+    """Raise TokenizerError unless two ``tokenizer.json`` have the same pieces under the same numbers and cut alike."""
     if mine == other:
         return
     a, b = parse(mine).get_vocab(), parse(other).get_vocab()
     if a != b:
-        unlike = next(iter(sorted(a.items() ^ b.items())))
-        raise TokenizerError(
-            f"{who} was made with another tokenizer than the data: expected {len(a):,} pieces, found {len(b):,} "
-            f"(they differ in {unlike[0]!r}); set data.tokenizer to that of the encoder, so that targets mean the same"
-        )
+        unlike = f"{len(a):,} pieces, found {len(b):,} (they differ in {min(a.items() ^ b.items())[0]!r})"
+    else:
+        ours, theirs = (json.loads(parse(text).to_str()) for text in (mine, other))
+        parts = [part for part in CUTTING if ours.get(part) != theirs.get(part)]
+        if not parts:
+            return
+        unlike = f"the same {parts[0]}, found another"
+    raise TokenizerError(
+        f"{who} was made with another tokenizer than the data: expected {unlike}; set data.tokenizer to that of the "
+        "encoder, so that targets mean the same"
+    )
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> str:
@@ -175,13 +182,13 @@ def lookup(text: str, pruned: str, kept: NDArray[np.int64], count: int) -> NDArr
     of it where the whole tokenizer has cut the texts already, as it has those of a data artifact.
     """
     whole, small = parse(text), parse(pruned)
+    inside = "##" if json.loads(text)["model"]["type"] == "WordPiece" else ""
     table = np.zeros(count, np.int64)
     table[kept] = np.arange(len(kept))
-    dropped = np.setdiff1d(np.arange(whole.get_vocab_size()), kept).tolist()
-    texts = [whole.decode([number]) for number in dropped]
-    for number, found in zip(dropped, small.encode_batch(texts, add_special_tokens=False), strict=True):
-        if found.ids:
-            table[number] = found.ids[int(np.argmax([last - first for first, last in found.offsets]))]
+    for number in np.setdiff1d(np.arange(whole.get_vocab_size()), kept).tolist():
+        parts = small.model.tokenize(whole.id_to_token(number).removeprefix(inside))
+        if parts:
+            table[number] = max(parts, key=lambda part: part.offsets[1] - part.offsets[0]).id
     return table
 
 

@@ -11,7 +11,7 @@ from tests.toolchain.qa_doubles import DATA, SMALL, config, data
 from toolchain import qa_metrics
 from toolchain.config import ConfigError, load, validate
 from toolchain.qa_windows import CENTRAL, Cut, answer_of, arrays, best_spans, label_of, layout_of, pooled, windows
-from toolchain.tasks import as_fed, load_data, qa, save_data
+from toolchain.tasks import as_fed, load_data, qa, qa_data, qa_tokenizer, save_data
 from toolchain.tasks.qa_readers import XQUAD, qa_root, xquad
 from toolchain.tasks.qa_tokenizer import parse, read_tokenizer
 
@@ -46,6 +46,25 @@ def test_gold_labels_score_a_hundred() -> None:
         assert next(iter(scores)) == qa.HEADLINE
         assert scores == dict.fromkeys(scores, 100.0)
         assert {"gxlt_f1", "xlt_f1", "gxlt_off_f1", "gxlt_em"} <= scores.keys()
+
+
+def test_a_smaller_vocabulary_keeps_the_pieces_of_texts_that_are_not_trained_on_too() -> None:
+    """One question is trained on; the other articles' texts are read for their pieces, in the data's languages."""
+    wide = qa.prepare(qa.DataSection.model_validate(DATA | {"train_questions": 1, "first_questions": 1}))
+    trained = [wide.splits[name].arrays["input_ids"] for name in ("first", "train")]
+    known = np.unique(np.concatenate([np.unique(ids) for ids in trained]))
+    used = np.array(json.loads(wide.files[qa_data.USED]))
+    assert len(np.setdiff1d(used, known)) > 0
+    text = wide.files[qa_tokenizer.TOKENIZER]
+    questions = [question["question"] for question in wide.splits["test"].meta["questions"]]
+    before = [found.tokens for found in parse(text).encode_batch(questions)]
+    unchanged = []
+    for pieces in ([known], [known, used]):
+        small = parse(qa_tokenizer.prune(text, qa_tokenizer.used_pieces(text, pieces)))
+        after = [found.tokens for found in small.encode_batch(questions)]
+        unchanged.append(np.mean([a == b for a, b in zip(after, before, strict=True)]))
+    assert unchanged[0] < unchanged[1]
+    assert unchanged[1] > 0.8
 
 
 def test_scores_are_of_the_questions_that_are_there() -> None:
