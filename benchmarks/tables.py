@@ -4,9 +4,9 @@
     python -m benchmarks.tables [--check] [--results benchmarks/results] README.md ...
 
 Between ``<!-- results:<name> -->`` and ``<!-- /results -->`` a document holds the table of ``<name>.jsonl``, a study,
-or of ``<name>.json``: a summary, or what ``benchmarks.overhead``, ``.distillation``, ``.ppt`` or ``.paired`` found.
-Of a study, ``<!-- results:<name> against <method> of <dataset> -->`` gives the paired differences to that method, and
-the rows of that dataset alone; both parts may be left out.
+or of ``<name>.json``: a summary, or ``benchmarks.overhead``, ``.distillation``, ``.ppt``, ``.questions``, ``.paired``
+found. Of a study, ``<!-- results:<name> against <method> of <dataset> -->`` gives the paired differences to that
+method, and the rows of that dataset alone; both parts may be left out.
 """
 
 from __future__ import annotations
@@ -174,13 +174,47 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
         return f"{markdown(title, body, right=title[1:])}\np50, batch 1, {device(value['environment'])}.\n"
     if "training" in value and "inference" in value:
         return _ppt_tables(value)
+    if "answers" in value:
+        return _answers_table(value)
     if "comparisons" in value:
         return f"{paired.table(value['comparisons'], value['against'])}\n{paired.NOTE}\n"
     if "rows" in value:
         return summary_markdown(value)
     raise TableError(
-        f"{what}: neither a summary nor a measurement of benchmarks.overhead, .distillation, .ppt or .paired"
+        f"{what}: no summary, nor found by benchmarks.overhead, .distillation, .ppt, .questions or .paired"
     )
+
+
+def _answers_table(value: Mapping[str, Any]) -> str:
+    first, *_ = value["answers"]
+    score_of = first["scores"]["gxlt_f1"]
+    title = [
+        "folder",
+        "graph",
+        "G-XLT F1",
+        "of the first",
+        "XLT F1",
+        "F1, languages not trained on",
+        "p50 ms",
+        "speed-up",
+    ]
+    body = [
+        [
+            *(row["folder"], size(row["bytes"]), f"{row['scores']['gxlt_f1']:.2f}"),
+            share(row["scores"]["gxlt_f1"] / score_of if score_of else None),
+            *(f"{row['scores'][name]:.2f}" if name in row["scores"] else "–" for name in ("xlt_f1", "unseen_f1")),
+            ms(row["p50_ms"]) + (" ~" if row["spread"] > NOISY else ""),
+            times(first["p50_ms"] / row["p50_ms"]),
+        ]
+        for row in value["answers"]
+    ]
+    note = (
+        f"Text to answer through `load_qa`, {value['questions']} questions; p50 of one at a time, medians of "
+        f"{value['rounds']} interleaved rounds, {value['threads']} threads, {device(value['environment'])}."
+    )
+    if any(row["spread"] > NOISY for row in value["answers"]):
+        note += f" ~ noisy: rounds lie more than {NOISY:.0%} apart."
+    return f"{markdown(title, body, right=title[1:])}\n{note}\n"
 
 
 def _ppt_tables(value: Mapping[str, Any]) -> str:

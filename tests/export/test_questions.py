@@ -12,7 +12,7 @@ import pytest
 
 from toolchain import artifact
 from toolchain.stage import Job
-from toolchain.tasks import as_fed, load_data, qa, save_data
+from toolchain.tasks import Data, Split, as_fed, load_data, qa, save_data
 
 pytest.importorskip("torch")
 onnx = pytest.importorskip("onnx")
@@ -200,3 +200,35 @@ def test_real_inputs_of_a_bench_are_cut_to_their_length(made: Path) -> None:
 
 def _table(made: Path) -> Any:
     return np.load(made / "onnx" / "lookup.input_ids.npy")
+
+
+def test_what_ships_is_scored_from_texts_alone(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import questions, tables
+    from toolchain.artifact import EdgestillError
+    from toolchain.qa_runtime import load_qa
+
+    monkeypatch.setattr(questions, "ROUNDS", 2)
+    monkeypatch.setattr(questions, "TIMED", 3)
+    found = questions.measure(made, ["onnx", "onnx-int8-cpu"], threads=1)
+    assert [len(row["round_p50_ms"]) for row in found["answers"]] == [2, 2]
+    test = split(made)
+    with load_qa(made / "onnx") as model:
+        told = [model.answer(q, c).text for q, c in zip(*questions.texts(test), strict=True)]
+    assert found["answers"][0]["scores"] == qa.score_texts(dict(enumerate(told)), test)
+    table = tables.measured_table(found, "qa")
+    assert "| onnx-int8-cpu | " in table
+    assert f"{found['questions']} questions" in table
+    with pytest.raises(EdgestillError, match="expected a run of task qa"):
+        with artifact.create(made / "other" / "data", stage="data", config={}) as draft:
+            arrays = {"image": np.zeros((2, 4, 4, 1), np.uint8), "label": np.zeros(2, np.int64)}
+            save_data(draft.path, Data({"test": Split(arrays, ("image",))}, {}))
+        questions.measure(made / "other", ["onnx"], threads=1)
+
+
+def test_dynamic_int8_answers_the_same_whatever_is_asked_beside_it(made: Path) -> None:
+    from benchmarks.questions import texts
+    from toolchain.qa_runtime import load_qa
+
+    asked = [part[:6] for part in texts(split(made))]
+    with load_qa(made / "onnx-int8-cpu") as model:
+        assert model.answer_all(*asked) == [model.answer(q, c) for q, c in zip(*asked, strict=True)]

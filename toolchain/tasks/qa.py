@@ -222,15 +222,19 @@ def answers(outputs: Arrays, split: Split) -> dict[int, tuple[str, float]]:
     return found
 
 
-def _scored(outputs: Arrays, split: Split) -> list[tuple[dict[str, Any], float, float]]:
-    """(question, F1, EM in percent) of every question with a window in ``split``."""
+def _scored(texts: Mapping[int, str], split: Split) -> list[tuple[dict[str, Any], float, float]]:
+    """(question, F1, EM in percent) of each answered question, by its number."""
     result = []
-    for number, (text, _) in answers(outputs, split).items():
+    for number, text in texts.items():
         question = split.meta["questions"][number]
         normalise = qa_metrics.normaliser(split.meta["normaliser"], question["cell"][1])
         f1, em = qa_metrics.best(text, question["answers"], normalise)
         result.append((question, 100 * f1, 100 * em))
     return result
+
+
+def _texts(outputs: Arrays, split: Split) -> dict[int, str]:
+    return {number: text for number, (text, _) in answers(outputs, split).items()}
 
 
 def _cells(scored: list[tuple[dict[str, Any], float, float]], split: Split, which: int) -> Any:
@@ -244,7 +248,12 @@ def score(outputs: Arrays, split: Split) -> dict[str, float]:
 
     Over the questions that have a window in ``split``. The headline is NaN when none of them is in the cells.
     """
-    scored = _scored(outputs, split)
+    return score_texts(_texts(outputs, split), split)
+
+
+def score_texts(texts: Mapping[int, str], split: Split) -> dict[str, float]:
+    """``score`` of answers by the numbers of their questions in ``split``, however they were found."""
+    scored = _scored(texts, split)
     found = {HEADLINE: float("nan")}
     for which, name in ((1, "f1"), (2, "em")):
         found |= {f"{key}_{name}": value for key, value in qa_metrics.averages(_cells(scored, split, which)).items()}
@@ -261,7 +270,7 @@ def score(outputs: Arrays, split: Split) -> dict[str, float]:
 def per_question(outputs: Arrays, split: Split) -> dict[str, dict[str, float]]:
     """Part -> question id -> F1 in percent: what a paired test compares."""
     found: dict[str, dict[str, float]] = {}
-    for question, f1, _ in _scored(outputs, split):
+    for question, f1, _ in _scored(_texts(outputs, split), split):
         found.setdefault(question["part"], {})[question["id"]] = f1
     return found
 
@@ -289,7 +298,7 @@ def show(outputs: Arrays, split: Split, index: int) -> dict[str, Any]:
 
 def totals(outputs: Arrays, split: Split) -> Arrays:
     """``cells`` float64 (L, L): mean F1 in percent of each question language (row) and context language (column)."""
-    return {"cells": _cells(_scored(outputs, split), split, 1)}
+    return {"cells": _cells(_scored(_texts(outputs, split), split), split, 1)}
 
 
 def figures(split: Split, outputs: Mapping[str, Arrays]) -> list[tuple[str, bytes]]:

@@ -1,0 +1,98 @@
+"""What ships for question answering, asked as an application asks it: texts in, an answer out, torch nowhere.
+
+    python -m benchmarks.questions runs/qa_xquad_cpu onnx-teacher onnx onnx-int8-cpu --out benchmarks/results/qa.json
+
+Each folder answers all questions of the test split through ``load_qa``, with its own tokenizer: where the vocabulary is
+smaller, texts are cut into other pieces than the run's arrays, which the run's scores are of, hold. Milliseconds are
+of ``answer``, one question at a time, tokenizer included, in interleaved rounds over the same questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from benchmarks.environment import environment
+from toolchain import artifact
+from toolchain.artifact import EdgestillError
+from toolchain.qa_runtime import QaRuntime, load_qa
+from toolchain.stage import console, guard
+from toolchain.tasks import Split, load_data, qa
+
+ROUNDS, TIMED, WARMUP = 5, 40, 3  # questions of a round; the first few do not count
+
+
+def texts(split: Split, count: int | None = None) -> tuple[list[str], list[str]]:
+    """Questions and their contexts, the first ``count``."""
+    asked = split.meta["questions"][:count]
+    return [one["question"] for one in asked], [split.meta["contexts"][one["context"]] for one in asked]
+
+
+def scores(model: QaRuntime, split: Split) -> dict[str, float]:
+    """See ``toolchain.tasks.qa.score``, of all questions."""
+    return qa.score_texts({n: found.text for n, found in enumerate(model.answer_all(*texts(split)))}, split)
+
+
+def times(models: dict[str, QaRuntime], split: Split) -> dict[str, list[list[float]]]:
+    """Seconds of each answer, by folder and round."""
+    asked = list(zip(*texts(split, TIMED + WARMUP), strict=True))
+    taken: dict[str, list[list[float]]] = {name: [] for name in models}
+    for _ in range(ROUNDS):
+        for name, model in models.items():
+            round_: list[float] = []
+            for question, context in asked:
+                start = perf_counter()
+                model.answer(question, context)
+                round_.append(perf_counter() - start)
+            taken[name].append(round_[WARMUP:])
+    return taken
+
+
+def measure(run: Path, folders: Sequence[str], threads: int) -> dict[str, Any]:
+    """A row per folder of ``run``; its ``data`` must be of task qa. Raises EdgestillError."""
+    split = load_data(run / "data").splits["test"]
+    if "questions" not in split.meta:
+        raise EdgestillError(f"{run}: expected a run of task qa, found data without questions; give another folder")
+    models = {name: load_qa(run / name, threads=threads) for name in folders}
+    rows = []
+    try:
+        taken = times(models, split)
+        for name, model in models.items():
+            found = scores(model, split)
+            medians = [1e3 * statistics.median(one) for one in taken[name]]
+            weights = sum(path.stat().st_size for path in (run / name).glob("*.onnx*"))
+            rows.append(
+                {"folder": name, "bytes": weights, "p50_ms": statistics.median(medians), "round_p50_ms": medians}
+            )
+            rows[-1] |= {"spread": (max(medians) - min(medians)) / statistics.median(medians), "scores": found}
+            console.print(f"    {name}: G-XLT F1 {found[qa.HEADLINE]:.2f}, {rows[-1]['p50_ms']:.1f} ms", markup=False)
+    finally:
+        for model in models.values():
+            model.close()
+    count, where = len(split.meta["questions"]), environment()
+    return {"answers": rows, "questions": count, "rounds": ROUNDS, "threads": threads, "environment": where}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.questions", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a run of task qa")
+    parser.add_argument("folders", nargs="+", help="of the run; the first is what the others are compared with")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(argv)
+
+    def act() -> None:
+        found = measure(arguments.run, arguments.folders, arguments.threads)
+        if arguments.out:
+            artifact.write_json(arguments.out, found)
+
+    return guard(act)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
