@@ -4,13 +4,14 @@
 
 The rows of the results file that its tables show say which samples to read: ``<dataset>-<method>-<seed>-<8 digits of
 the config's digest>.json``, {part: {sample: score}}. A sample's scores are averaged over the seeds that both methods
-have; samples named ``<id>_<...>`` are translations of one question and count as one.
+have; samples named ``<id>_<question language>-<context language>`` are one question, translated, and count as one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from toolchain.qa_metrics import bootstrap, paired, wilcoxon
 from toolchain.stage import guard
 from toolchain.study import run_name
 
+PAIR = re.compile(r"_([a-z]{2,3})-([a-z]{2,3})$")  # of languages, at the end of a sample's name
 NOTE = (
     "F1 in percent. One question is one sample: its translations, and the seeds, are averaged first. Interval and p: "
     "bootstrap over questions; Wilcoxon's signed-rank test beside it."
@@ -71,7 +73,12 @@ def compare(methods: dict[str, Scores], against: str) -> list[dict[str, Any]]:
             continue
         for part in mine[seeds[0]]:
             sides = [_mean([scores[seed][part] for seed in seeds]) for scores in (mine, methods[against])]
-            a, b = paired(sides[0], sides[1], lambda name: name.partition("_")[0])
+            a, b = paired(sides[0], sides[1], lambda name: PAIR.sub("", name))
+            if len(a) < 2:
+                raise EdgestillError(
+                    f"method {method}, {part}: expected scores of at least 2 questions to compare, found 1; run the "
+                    "study with more test questions"
+                )
             told = {"method": method, "part": part, "seeds": seeds, **asdict(bootstrap(a, b))}
             found.append(told | {"p_wilcoxon": wilcoxon(a, b)[1]})
     return found

@@ -9,12 +9,14 @@ import pytest
 from benchmarks import paired, tables
 
 
-def run(folder: Path, dataset: str, method: str, shift: float, seed: int, sha256: str = "0" * 64) -> None:
+def run(
+    folder: Path, dataset: str, method: str, shift: float, seed: int, sha256: str = "0" * 64, questions: int = 60
+) -> None:
     """A row of ``results.jsonl`` and its samples."""
     rng = np.random.default_rng(seed)
     base = {
-        f"q{n}_{pair}": float(v)
-        for n in range(60)
+        f"the_q_{n}_{pair}": float(v)
+        for n in range(questions)
         for pair, v in zip(("en-en", "en-es"), rng.uniform(0, 90, 2), strict=True)
     }
     noise = np.random.default_rng(len(method)).normal(0, 1, len(base))
@@ -49,6 +51,13 @@ def test_methods_are_compared_by_question_over_their_seeds(tmp_path: Path, capsy
     text = "<!-- results:out -->\n<!-- /results -->\n"
     assert line in (shown := tables.render(text, tmp_path, "README.md"))
     assert paired.NOTE in shown
+
+
+def test_one_question_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method in ("ce", "skd"):
+        run(tmp_path, "ntl3", method, 0, 0, questions=1)
+    assert compared(tmp_path) == 1
+    assert "at least 2 questions to compare, found 1" in " ".join(capsys.readouterr().err.split())
 
 
 def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
