@@ -5,6 +5,7 @@
 The rows of the results file that its tables show say which samples to read: ``<dataset>-<method>-<seed>-<8 digits of
 the config's digest>.json``, {part: {sample: score}}. A sample's scores are averaged over the seeds that both methods
 have; samples named ``<id>_<question language>-<context language>`` are one question, translated, and count as one.
+Of the part ``cells``, all language pairs, also ``xlt``, pairs of one language, and ``gxlt_off``, the others, are parts.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ from toolchain.artifact import EdgestillError, write_json
 from toolchain.qa_metrics import bootstrap, paired, wilcoxon
 from toolchain.stage import guard
 from toolchain.study import run_name
+from toolchain.tasks.qa_data import CELLS
 
 PAIR = re.compile(r"_([a-z]{2,3})-([a-z]{2,3})$")  # of languages, at the end of a sample's name
 NOTE = (
     "F1 in percent. One question is one sample: its translations, and the seeds, are averaged first. Interval and p: "
-    "bootstrap over questions; Wilcoxon's signed-rank test beside it."
+    "bootstrap over questions; Wilcoxon's signed-rank test beside it. Questions of one article count as independent, "
+    "which they are not: the intervals are of other questions, not of other articles. The study's table averages over "
+    "language pairs or languages, this one over questions: the two differ where languages have different questions "
+    "(TyDiQA, MLQA)."
 )
 Scores = dict[int, dict[str, dict[str, float]]]  # seed -> part -> sample -> score
 
@@ -61,7 +66,18 @@ def _scores(path: Path) -> dict[str, dict[str, float]]:
             "study that wrote the results, or run it again with its --work folder after removing the row"
         )
     found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return _parts(found)
+
+
+def _parts(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    found = {}
+    for part, samples in scores.items():
+        found[part] = samples
+        if part == CELLS:
+            same = {name: match[1] == match[2] for name in samples if (match := PAIR.search(name))}
+            found["xlt"] = {name: samples[name] for name, diagonal in same.items() if diagonal}
+            found["gxlt_off"] = {name: samples[name] for name, diagonal in same.items() if not diagonal}
+    return {part: samples for part, samples in found.items() if samples}
 
 
 def compare(methods: dict[str, Scores], against: str) -> list[dict[str, Any]]:

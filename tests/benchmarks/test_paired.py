@@ -20,7 +20,9 @@ def run(
         for pair, v in zip(("en-en", "en-es"), rng.uniform(0, 90, 2), strict=True)
     }
     noise = np.random.default_rng(len(method)).normal(0, 1, len(base))
-    value = {"cells": {key: item + shift + float(n) for (key, item), n in zip(base.items(), noise, strict=True)}}
+    shifts = [shift if key.endswith("en-en") else 2 * shift for key in base]
+    scores = (item + by + float(n) for item, by, n in zip(base.values(), shifts, noise, strict=True))
+    value = {"cells": dict(zip(base, scores, strict=True))}
     (folder / f"{dataset}-{method}-{seed}-{sha256[:8]}.json").write_text(json.dumps(value))
     row = {"dataset": dataset, "method": method, "seed": seed, "metrics": {"gxlt_f1": 1}, "config_sha256": sha256}
     with (folder / "results.jsonl").open("a") as file:
@@ -42,11 +44,14 @@ def test_methods_are_compared_by_question_over_their_seeds(tmp_path: Path, capsy
     told = json.loads((tmp_path / "out.json").read_text())["comparisons"]
     assert told.keys() == {"ntl3", "ntl5"}
     assert told["ntl5"] == []
-    (row,) = told["ntl3"]
-    assert (row["method"], row["part"], row["seeds"], row["n"]) == ("skd-no-ce", "cells", [0, 1], 60)
-    assert 2 < row["low"] < row["mean"] < row["high"] < 4
-    assert row["p"] < 0.01
-    assert row["p_wilcoxon"] < 0.01
+    rows = {row["part"]: row for row in told["ntl3"]}
+    for part, gain in {"cells": 4.5, "xlt": 3, "gxlt_off": 6}.items():
+        row = rows.pop(part)
+        assert (row["method"], row["seeds"], row["n"]) == ("skd-no-ce", [0, 1], 60)
+        assert gain - 1 < row["low"] < row["mean"] < row["high"] < gain + 1
+        assert row["p"] < 0.01
+        assert row["p_wilcoxon"] < 0.01
+    assert not rows
     assert (line := "| ntl3 | skd-no-ce | cells |") in capsys.readouterr().out
     text = "<!-- results:out -->\n<!-- /results -->\n"
     assert line in (shown := tables.render(text, tmp_path, "README.md"))
