@@ -54,8 +54,12 @@ def assemble(section: DataSection) -> Data:
         raise DataError("no aligned training question in the languages asked for; check data.languages")
     text = sets.tokenizer or read_tokenizer(str(section.tokenizer))
     maker = _Maker(text, section)
-    splits = {"first": maker.split(sets.first, section.first_windows)} if sets.first else {}
-    splits["train"] = maker.split(train)
+    splits, asked = {}, len(sets.first) + len(train)
+    if sets.first:
+        splits["first"], sets.first = maker.split(sets.first, section.first_windows)
+    splits["train"], train = maker.split(train)
+    if lost := asked - len(sets.first) - len(train):
+        sets.notes.append(f"{lost} training questions were left out: no window holds their whole answer.")
     splits |= {name: maker.scored(parts) for name, parts in (("val", sets.val), ("test", sets.test))}
     info = {
         "languages": list(section.languages),
@@ -222,9 +226,23 @@ class _Maker:
         self.tokenizer, self.section = parse(tokenizer), section
         self.layout: Layout = layout_of(self.tokenizer)
 
-    def split(self, questions: Sequence[Question], other: Any = None) -> Split:
-        """To train on: windows and their labels."""
-        return Split(self._arrays(questions, other or self.section.windows, decode=False), FEEDS, mask="attention_mask")
+    def split(self, questions: Sequence[Question], other: Any = None) -> tuple[Split, list[Question]]:
+        """To train on: windows and their labels, of the questions that have a window with the whole answer.
+
+        Raises DataError when none has.
+        """
+        settings = other or self.section.windows
+        found = self._arrays(questions, settings, decode=False)
+        kept = np.unique(found["question"][found["end"] > 0])
+        if not len(kept):
+            raise DataError(
+                f"expected training answers that are whole in a window of {settings.max_length} tokens, found none "
+                f"among {len(questions)} questions; raise max_length, or lower step"
+            )
+        rows = np.isin(found["question"], kept)
+        arrays = {name: array[rows] for name, array in found.items()}
+        arrays["question"] = np.searchsorted(kept, arrays["question"]).astype(np.int32)
+        return Split(arrays, FEEDS, mask="attention_mask"), [questions[number] for number in kept]
 
     def scored(self, parts: Mapping[str, Sequence[Question]]) -> Split:
         """To score: what decoding and scoring need, too; shuffled, so that any prefix is a fair sample."""

@@ -1,6 +1,7 @@
 """Questions from SQuAD-v1.1 JSON: XQuAD, SQuAD, TyDiQA-GoldP, MLQA, or a person's own files; splits by article.
 
-Standard library only. Every answer's text is checked against its offset, which counts code points of the context.
+Standard library only. Every answer's text is checked against its offset, which counts code points of the context, and
+kept without outer white space, which no token would hold.
 """
 
 from __future__ import annotations
@@ -90,7 +91,11 @@ def read_squad(
         ids.add(question.id)
     if not found:
         raise DataError(f"{path}: expected questions, found none; give a file with some")
-    return found
+    return [replace(question, answers=tuple(_stripped(*answer) for answer in question.answers)) for question in found]
+
+
+def _stripped(text: str, start: int) -> tuple[str, int]:
+    return text.strip(), start + len(text) - len(text.lstrip())
 
 
 def check_offsets(question: Question, path: Path) -> None:
@@ -101,7 +106,7 @@ def check_offsets(question: Question, path: Path) -> None:
             "not part of this task: remove them"
         )
     for text, start in question.answers:
-        if not isinstance(start, int) or not isinstance(text, str) or not text:
+        if not isinstance(start, int) or not isinstance(text, str) or not text.strip():
             raise DataError(f"{path}: question {question.id}: expected a text and a number, found {text!r}, {start!r}")
         found = question.context[max(start, 0) : start + len(text)]
         if start < 0 or found != text:

@@ -12,6 +12,7 @@ from toolchain import qa_metrics
 from toolchain.config import ConfigError, load, validate
 from toolchain.qa_windows import CENTRAL, Cut, answer_of, arrays, best_spans, label_of, layout_of, pooled, windows
 from toolchain.tasks import as_fed, load_data, qa, save_data
+from toolchain.tasks.datasets import DataError
 from toolchain.tasks.qa_readers import XQUAD, qa_root, xquad
 from toolchain.tasks.qa_tokenizer import parse, read_tokenizer
 
@@ -92,9 +93,9 @@ def test_data_comes_back_from_its_folder_with_mask_and_tokenizer(tmp_path: Path)
     assert as_fed(again.splits["val"], tmp_path / "data") is not None
 
 
-def written(folder: Path, part: str, language: str, titles: list[str]) -> None:
+def written(folder: Path, part: str, language: str, titles: list[str], answer: str = "Lima") -> None:
     context = f"{language}: Ana vive en Lima, la capital."
-    start = context.index("Lima")
+    start = context.index(answer)
     articles = [
         {
             "title": title,
@@ -102,7 +103,7 @@ def written(folder: Path, part: str, language: str, titles: list[str]) -> None:
                 {
                     "context": f"{context} {title}",
                     "qas": [
-                        {"id": title, "question": "?¿ dónde", "answers": [{"text": "Lima", "answer_start": start}]}
+                        {"id": title, "question": "?¿ dónde", "answers": [{"text": answer, "answer_start": start}]}
                     ],
                 }
             ],
@@ -112,22 +113,49 @@ def written(folder: Path, part: str, language: str, titles: list[str]) -> None:
     (folder / f"{part}.{language}.json").write_text(json.dumps({"data": articles}))
 
 
-def test_files_of_ones_own_and_a_leak_among_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def own(tmp_path: Path) -> dict[str, Any]:
+    """The keys of a data section of one's own files, in two languages."""
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_text(data().files["tokenizer.json"])
     for part, titles in (("train", ["a", "b"]), ("val", ["c"]), ("test", ["d"])):
         for language in ("en", "es"):
             written(tmp_path, part, language, titles)
-    section = qa.DataSection(
-        source="folder", path=str(tmp_path), tokenizer=str(tmp_path / "tok"), languages=("en", "es"), ntl=1
-    )
+    return {
+        "source": "folder",
+        "path": str(tmp_path),
+        "tokenizer": str(tmp_path / "tok"),
+        "languages": ("en", "es"),
+        "ntl": 1,
+    }
+
+
+def test_files_of_ones_own_and_a_leak_among_them(own: dict[str, Any], tmp_path: Path) -> None:
+    section = qa.DataSection(**own)
     found = qa.prepare(section)
     assert len(found.splits["train"]) == 8
     assert "first" not in found.splits
+    assert found.info["note"] is None
     before = qa.files_state(section)
     written(tmp_path, "test", "en", ["a"])
     assert qa.files_state(section) != before
     with pytest.raises(Exception, match=r"article 'a' .* is among the training articles and in the test split"):
+        qa.prepare(section)
+
+
+def test_training_questions_without_a_whole_answer_are_left_out(own: dict[str, Any], tmp_path: Path) -> None:
+    section = qa.DataSection(**own, windows=qa.Windows(max_length=24, max_question=8, step=4))
+    plain = qa.prepare(section).splits["train"]
+    written(tmp_path, "train", "es", ["a", "b"], answer="es: Ana vive en Lima, la capital.")
+    found = qa.prepare(section)
+    assert found.info["note"] == "4 training questions were left out: no window holds their whole answer."
+    assert found.info["questions"]["train"] == 4
+    assert found.info["pairs"]["counts"] == {"en-en": 2, "es-en": 2}
+    train = found.splits["train"].arrays
+    assert np.unique(train["question"]).tolist() == [0, 1, 2, 3]
+    assert len(train["question"]) < len(plain)
+    written(tmp_path, "train", "en", ["a", "b"], answer="en: Ana vive en Lima, la capital.")
+    with pytest.raises(DataError, match=r"whole in a window of 24 tokens, found none among 8 questions; raise"):
         qa.prepare(section)
 
 

@@ -56,6 +56,12 @@ def test_a_file_is_read_without_a_version_and_zipped_too(tmp_path: Path, name: s
     assert question.context[12:16] == "Lima"
 
 
+def test_answers_lose_outer_white_space(tmp_path: Path) -> None:
+    answers = [{"text": " Lima", "answer_start": 11}, {"text": "en ", "answer_start": 9}]
+    (question,) = read_squad(written(tmp_path / "a.json", squad({"answers": answers})), "es")
+    assert question.answers == (("Lima", 12), ("en", 9))
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -71,6 +77,7 @@ def test_a_file_is_read_without_a_version_and_zipped_too(tmp_path: Path, name: s
         (squad({"answers": [{"text": "Lima", "answer_start": -1}]}), "found 'Ana'; answer_start should be 12"),
         (squad({"answers": [{"text": "Quito", "answer_start": 3}]}), "nowhere in the context; remove it"),
         (squad({"answers": [{"text": "Lima", "answer_start": "12"}]}), "expected a text and a number"),
+        (squad({"answers": [{"text": " ", "answer_start": 3}]}), "expected a text and a number"),
     ],
 )
 def test_a_wrong_file_is_named_with_id_expected_found_and_remedy(tmp_path: Path, value: Any, message: str) -> None:
