@@ -125,6 +125,8 @@ def _templates(section: DataSection) -> Sets:
 def _folder(section: DataSection) -> Sets:
     folder = Path(str(section.path)).expanduser()
     parts = {part: qa_readers.own_files(folder, part, section.languages) for part in ("train", "val", "test")}
+    for language in section.unseen:
+        parts["test"][language] = qa_readers.read_squad(folder / f"test.{language}.json", language)
     first = folder / f"first.{section.pivot}.json"
     questions = qa_readers.read_squad(first, section.pivot) if first.is_file() else []
     return _sets(section, questions, parts["train"], parts["val"], parts["test"], [])

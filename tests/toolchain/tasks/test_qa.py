@@ -143,6 +143,16 @@ def test_files_of_ones_own_and_a_leak_among_them(own: dict[str, Any], tmp_path: 
         qa.prepare(section)
 
 
+def test_languages_of_ones_own_that_are_only_tested(own: dict[str, Any], tmp_path: Path) -> None:
+    section = qa.DataSection(**own, unseen=("de",))
+    with pytest.raises(DataError, match=r"test\.de\.json: expected a file in SQuAD-v1\.1 JSON, found nothing there"):
+        qa.prepare(section)
+    written(tmp_path, "test", "de", ["d"])
+    test = qa.prepare(section).splits["test"]
+    assert [q["id"] for q in test.meta["questions"] if q["part"] == "unseen"] == ["d_de-de"]
+    assert qa.score(gold(test), test)["unseen_f1"] == 100
+
+
 def test_training_questions_without_a_whole_answer_are_left_out(own: dict[str, Any], tmp_path: Path) -> None:
     section = qa.DataSection(**own, windows=qa.Windows(max_length=24, max_question=8, step=4))
     plain = qa.prepare(section).splits["train"]
@@ -195,6 +205,12 @@ def test_mlqa_scores_what_all_of_xquad_trained(tmp_path: Path) -> None:
         ({"data": {"tydiqa": ["te"]}}, "go with source xquad"),
         ({"method": "plain"}, "plain is a method of image tasks; use qa_student or self_distillation"),
         ({"method": "qa_student"}, "makes a student out of a teacher"),
+        (
+            {"method": "qa_student", "teacher": {}, "student": {"dropout": 0.1}},
+            "student.dropout: method qa_student cuts",
+        ),
+        ({"method": "qa_student", "teacher": {}, "student": {"weights": "random"}}, "student.weights: method qa_stu"),
+        ({"method": "qa_student", "teacher": {}, "student": {"options": SMALL}}, "student.options: method qa_student"),
         ({"teacher": {"options": SMALL}}, "is its own teacher"),
         ({"method": {"name": "self_distillation", "ce": 0, "kd": 0}}, "nothing to learn from"),
         ({"student": {"model": "x", "options": {"hidden_size": 3}}}, "another model brings its own"),
