@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,15 @@ import numpy as np
 from toolchain.qa_windows import Cut, Layout, arrays, label_of, layout_of, windows
 from toolchain.tasks import Arrays, Data, Split, qa_readers
 from toolchain.tasks.datasets import DataError
-from toolchain.tasks.qa_readers import Question, aligned, all_pairs, article_split, check_leak, name_of, sample_pairs
+from toolchain.tasks.qa_readers import (
+    Question,
+    aligned,
+    all_pairs,
+    article_split,
+    check_leak,
+    of_articles,
+    sample_pairs,
+)
 from toolchain.tasks.qa_templates import articles
 from toolchain.tasks.qa_tokenizer import TOKENIZER, parse, read_tokenizer, train_tokenizer
 
@@ -137,42 +145,53 @@ def _xquad(section: DataSection) -> Sets:
     everything = {
         language: qa_readers.xquad(language, root, download) for language in (*section.languages, *section.unseen)
     }
+    pairs = [(q, c) for q in section.languages for c in section.languages] if section.evaluate == "mlqa" else []
+    mlqa = {part: {pair: qa_readers.mlqa(*pair, part, root) for pair in pairs} for part in ("dev", "test")}
+    tydiqa = {language: qa_readers.tydiqa(language, "dev", root) for language in section.tydiqa}
     titles = {question.title for question in everything[section.pivot]}
-    train, val, test = article_split(titles) if section.evaluate == "xquad" else (titles, set(), titles)
+    train, val, test = article_split(titles) if section.evaluate == "xquad" else (titles, set(), set())
     trained, chosen, tested = (
         {language: [q for q in questions if q.title in part] for language, questions in everything.items()}
         for part in (train, val, test)
     )
-    first, notes = _first(section, root, train, titles - train)
+    measured = [question for part in mlqa.values() for questions in part.values() for question in questions]
+    measured += [question for questions in tydiqa.values() for question in questions]
+    trained, notes = _apart(trained, of_articles(measured))
+    held_out = of_articles([*measured, *(q for q in everything[section.pivot] if q.title not in train)])
+    first = _first(section, root, train)
+    kept = [question for question in first if not held_out(question)]
+    if lost := len(first) - len(kept):
+        notes.append(f"{lost} questions of the first stage were left out: their articles are held out.")
     notes.append(
         "Not comparable with published XQuAD numbers: its articles are training data here, and scores are on held-out "
         "articles."
         if section.evaluate == "xquad"
         else "XQuAD's trained languages are training data here, no test set."
     )
-    if section.evaluate == "xquad":
-        sets = _sets(section, first, trained, chosen, tested, notes)
-    else:
-        sets = _sets(section, first, trained, {}, {}, notes)
-        for part, name in ((sets.val, "dev"), (sets.test, "test")):
-            pairs = [
+    sets = _sets(section, kept, trained, chosen, tested, notes)
+    for part, name in ((sets.val, "dev"), (sets.test, "test")):
+        if pairs:
+            part[CELLS] = [
                 replace(question, id=f"{question.id}_{q}-{c}")
-                for q in section.languages
-                for c in section.languages
-                for question in _of(qa_readers.mlqa(q, c, name, root), section.eval_questions)
+                for (q, c), questions in mlqa[name].items()
+                for question in _of(questions, section.eval_questions)
             ]
-            part[CELLS] = pairs
-    if section.tydiqa:
-        sets.test[TYDIQA] = [
-            question
-            for language in section.tydiqa
-            for question in _of(qa_readers.tydiqa(language, "dev", root), section.eval_questions)
-        ]
+    if tydiqa:
+        sets.test[TYDIQA] = [q for questions in tydiqa.values() for q in _of(questions, section.eval_questions)]
     return sets
 
 
-def _first(section: DataSection, root: Path, train: set[str], held_out: set[str]) -> tuple[list[Question], list[str]]:
-    """Questions of the first stage; articles that are held out elsewhere are left out of it, and counted in a note."""
+def _apart(
+    trained: dict[str, list[Question]], measured: Callable[[Question], bool]
+) -> tuple[dict[str, list[Question]], list[str]]:
+    """``trained`` without the questions, in all languages, of articles that are measured, and a note of how many."""
+    lost = {question.id for questions in trained.values() for question in questions if measured(question)}
+    note = f"{len(lost)} training questions of XQuAD were left out: their articles are tested or chosen by."
+    kept = {language: [q for q in questions if q.id not in lost] for language, questions in trained.items()}
+    return kept, [note] if lost else []
+
+
+def _first(section: DataSection, root: Path, train: set[str]) -> list[Question]:
     found: list[Question] = []
     if "squad_train" in section.first:
         found += qa_readers.squad_train(root, section.download)
@@ -180,10 +199,7 @@ def _first(section: DataSection, root: Path, train: set[str], held_out: set[str]
         found += [q for q in qa_readers.squad_dev(root, section.download) if q.title in train]
     if "tydiqa_en" in section.first:
         found += qa_readers.tydiqa("en", "train", root)
-    names = {name_of(title) for title in held_out}
-    kept = [question for question in found if name_of(question.title) not in names]
-    lost = len(found) - len(kept)
-    return kept, [f"{lost} questions of the first stage were left out: their articles are held out."] if lost else []
+    return found
 
 
 def _sets(

@@ -133,13 +133,18 @@ def name_of(title: str) -> str:
     return " ".join(title.replace("_", " ").casefold().split())
 
 
+def of_articles(questions: Iterable[Question]) -> Callable[[Question], bool]:
+    """Whether a question is of an article of ``questions``, by title or by the text of its context."""
+    known = list(questions)
+    titles, contexts = {name_of(q.title) for q in known if q.title}, {q.context for q in known}
+    return lambda q: (bool(q.title) and name_of(q.title) in titles) or q.context in contexts
+
+
 def check_leak(train: Iterable[Question], held_out: Iterable[Question], what: str) -> None:
-    """Raise DataError when an article is on both sides, by title or by the text of a context."""
-    titles = {name_of(q.title): q for q in train if q.title}
-    contexts = {q.context for q in train}
+    """Raise DataError when an article is on both sides."""
+    trained = of_articles(train)
     for question in held_out:
-        both = titles.get(name_of(question.title)) if question.title else None
-        if both is not None or question.context in contexts:
+        if trained(question):
             raise DataError(
                 f"article {question.title!r} (question {question.id}) is among the training articles and in {what}; "
                 "split by article, so that nothing measured was trained on"
@@ -204,10 +209,11 @@ def squad_dev(root: Path, download: bool = False) -> list[Question]:
 
 def tydiqa(language: str, part: str, root: Path) -> list[Question]:
     """TyDiQA-GoldP; ``part`` is ``train`` or ``dev``. Titles are of the language's own Wikipedia, which they name."""
-    name = TYDIQA[language]
-    names = [f"tydiqa_goldp/{name}_tydiqa_{part}.json", f"tydiqa_goldp/tydiqa-goldp-{part}-{name}.json"]
-    home = "https://storage.googleapis.com/tydiqa/v1.1/tydiqa-goldp-v1.1-dev.tgz"
-    found = read_squad(_place(root, names, f"TyDiQA-GoldP {part} in {name}", home), language)
+    name, whole = TYDIQA[language], f"tydiqa-goldp-v1.1-{part}.json"  # whole: all languages, which ids begin with
+    names = [f"{name}_tydiqa_{part}.json", f"tydiqa-goldp-{part}-{name}.json", whole]
+    home = f"https://storage.googleapis.com/tydiqa/v1.1/{whole}"
+    path = _place(root, [f"tydiqa_goldp/{one}" for one in names], f"TyDiQA-GoldP {part} in {name}", home)
+    found = read_squad(path, language, keep=lambda entry: entry["id"].startswith(f"{name}-"))
     return found if language == "en" else [replace(q, title=f"{language}:{q.title}") for q in found]
 
 

@@ -169,28 +169,48 @@ def test_training_questions_without_a_whole_answer_are_left_out(own: dict[str, A
         qa.prepare(section)
 
 
-def test_mlqa_scores_what_all_of_xquad_trained(tmp_path: Path) -> None:
+@pytest.fixture
+def mlqa(tmp_path: Path) -> dict[str, Any]:
+    """The keys of a data section of XQuAD's articles a and b, and of MLQA, whose articles are others."""
     (tmp_path / "tok").mkdir()
     (tmp_path / "tok" / "tokenizer.json").write_text(data().files["tokenizer.json"])
-    root = tmp_path / "qa"
     for folder in ("xquad", "mlqa/dev", "mlqa/test"):
-        (root / folder).mkdir(parents=True)
+        (tmp_path / "qa" / folder).mkdir(parents=True)
     for language in ("en", "es"):
-        written(root / "xquad", "xquad", language, ["a", "b"])
+        written(tmp_path / "qa" / "xquad", "xquad", language, ["a", "b"])
         for part in ("dev", "test"):
             for other in ("en", "es"):
-                written(tmp_path, f"{part} {other}", language, [f"{part} article {language}"])
-                name = f"{part}-context-{language}-question-{other}.json"
-                (tmp_path / f"{part} {other}.{language}.json").rename(root / "mlqa" / part / name)
+                mlqa_file(tmp_path, part, other, language, f"{part} article {language}")
     keys = {"path": str(tmp_path), "tokenizer": str(tmp_path / "tok"), "languages": ("en", "es"), "ntl": 1}
-    found = qa.prepare(qa.DataSection(source="xquad", evaluate="mlqa", normaliser="mlqa", **keys))
+    return keys | {"source": "xquad", "evaluate": "mlqa", "normaliser": "mlqa"}
+
+
+def mlqa_file(folder: Path, part: str, asked: str, read: str, *titles: str) -> None:
+    written(folder, "mlqa", read, list(titles))
+    name = f"{part}-context-{read}-question-{asked}.json"
+    (folder / f"mlqa.{read}.json").replace(folder / "qa" / "mlqa" / part / name)
+
+
+def test_mlqa_scores_what_all_of_xquad_trained(mlqa: dict[str, Any]) -> None:
+    found = qa.prepare(qa.DataSection(**mlqa))
     assert len(found.splits["train"]) == 2 * 4
     assert {tuple(q["cell"]) for q in found.splits["test"].meta["questions"]} == {
         (a, b) for a in ("en", "es") for b in ("en", "es")
     }
     assert qa.score(gold(found.splits["test"]), found.splits["test"])["gxlt_f1"] == 100
     with pytest.raises(ValueError, match="translations of articles that evaluate: mlqa trains on"):
-        qa.DataSection(source="xquad", evaluate="mlqa", unseen=("ru",), **keys)
+        qa.DataSection(**mlqa, unseen=("ru",))
+
+
+def test_articles_of_mlqa_are_not_trained_on(mlqa: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "qa" / "tydiqa_goldp").mkdir()
+    written(tmp_path, "first", "en", ["english-1", "english-2"])
+    (tmp_path / "first.en.json").rename(tmp_path / "qa" / "tydiqa_goldp" / "english_tydiqa_train.json")
+    mlqa_file(tmp_path, "test", "es", "en", "A", "English-2")
+    found = qa.prepare(qa.DataSection(**mlqa, first=("tydiqa_en",)))
+    assert found.info["questions"] == {"first": 1, "train ids": 1, "train": 4}
+    assert "1 training questions of XQuAD were left out: their articles are tested or chosen by." in found.info["note"]
+    assert "1 questions of the first stage were left out: their articles are held out." in found.info["note"]
 
 
 @pytest.mark.parametrize(

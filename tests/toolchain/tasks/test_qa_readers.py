@@ -178,6 +178,15 @@ def test_mlqa_is_read_by_both_languages(tmp_path: Path) -> None:
     assert len(MLQA) == 7
 
 
+def test_tydiqa_is_read_from_the_file_of_all_languages(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Get it from https://.*/tydiqa-goldp-v1\.1-train\.json and put it there"):
+        qa_readers.tydiqa("fi", "train", tmp_path)
+    value = squad({"id": "finnish-1-0"}, {"id": "english--2-0"})
+    written(tmp_path / "tydiqa_goldp" / "tydiqa-goldp-v1.1-train.json", value)
+    found = [(q.id, q.title) for one in ("fi", "en") for q in qa_readers.tydiqa(one, "train", tmp_path)]
+    assert found == [("finnish-1-0", "fi:Lima"), ("english--2-0", "Lima")]
+
+
 def test_an_article_on_both_sides_is_an_error() -> None:
     def one(name: str, title: str, context: str) -> Question:
         return Question(name, title, "?", context, (("c", 0),), "en", "en")
