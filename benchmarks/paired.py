@@ -1,9 +1,11 @@
 """Are two methods of a study different? Paired tests over the samples that all of them were tested on.
 
-    python -m benchmarks.paired runs/studies/qa_xquad/samples --against ce --out benchmarks/results/qa_xquad-paired.json
+    python -m benchmarks.paired RESULTS.jsonl SAMPLES_FOLDER --against ce --out RESULTS-paired.json
 
-A study leaves ``<dataset>-<method>-<seed>.json`` there: {part: {sample: score}}. A sample's scores are averaged over
-the seeds that both methods have; samples named ``<id>_<...>`` are translations of one question and count as one.
+The rows of the results file that its tables show say which samples to read: ``<dataset>-<method>-<seed>-<8 digits of
+the config's digest>.json``, {part: {sample: score}}. A sample's scores are averaged over the seeds that both methods
+have; samples named ``<id>_<question language>-<context language>`` are one question, translated, and count as one.
+Of the part ``cells``, all language pairs, also ``xlt``, pairs of one language, and ``gxlt_off``, the others, are parts.
 """
 
 from __future__ import annotations
@@ -20,34 +22,62 @@ from typing import Any
 import numpy as np
 
 from benchmarks.formats import markdown, score
+from benchmarks.study_tables import grouped, read_results
 from toolchain.artifact import EdgestillError, write_json
 from toolchain.qa_metrics import bootstrap, paired, wilcoxon
 from toolchain.stage import guard
+from toolchain.study import run_name
+from toolchain.tasks.qa_data import CELLS
 
-NAME = re.compile(r"(?P<row>.+)-(?P<seed>\d+)")
+PAIR = re.compile(r"_([a-z]{2,3})-([a-z]{2,3})$")  # of languages, at the end of a sample's name
 NOTE = (
     "F1 in percent. One question is one sample: its translations, and the seeds, are averaged first. Interval and p: "
-    "bootstrap over questions; Wilcoxon's signed-rank test beside it."
+    "bootstrap over questions; Wilcoxon's signed-rank test beside it. Questions of one article count as independent, "
+    "which they are not: the intervals are of other questions, not of other articles. The study's table averages over "
+    "language pairs or languages, this one over questions: the two differ where languages have different questions "
+    "(TyDiQA, MLQA)."
 )
 Scores = dict[int, dict[str, dict[str, float]]]  # seed -> part -> sample -> score
 
 
-def read(folder: Path, against: str) -> dict[str, dict[str, Scores]]:
-    """dataset -> method -> scores; what ends in ``-<against>`` names the datasets. Raises EdgestillError."""
-    rows: dict[str, Scores] = {}
-    for path in sorted(folder.glob("*.json")):
-        if match := NAME.fullmatch(path.stem):
-            rows.setdefault(match["row"], {})[int(match["seed"])] = json.loads(path.read_text(encoding="utf-8"))
-    datasets = [row.removesuffix(f"-{against}") for row in rows if row.endswith(f"-{against}")]
-    if not datasets:
-        shown = ", ".join(rows) or "none"
-        raise EdgestillError(
-            f"{folder}: expected samples of a method {against}, found {shown}; run the study, or --against"
-        )
+def read(results: Path, samples: Path, against: str) -> dict[str, dict[str, Scores]]:
+    """dataset -> method -> scores, of the datasets that have the method ``against``. Raises EdgestillError."""
+    groups = grouped(read_results(results))
+    if not any(against in methods for methods in groups.values()):
+        shown = ", ".join(dict.fromkeys(method for methods in groups.values() for method in methods)) or "none"
+        raise EdgestillError(f"{results}: expected rows of a method {against}, found {shown}; run it, or set --against")
     return {
-        name: {row.removeprefix(f"{name}-"): found for row, found in rows.items() if row.startswith(f"{name}-")}
-        for name in datasets
+        dataset: {
+            method: {
+                seed: _scores(samples / f"{run_name(dataset, method, seed, str(row.get('config_sha256')))}.json")
+                for seed, row in by_seed.items()
+            }
+            for method, by_seed in methods.items()
+        }
+        for dataset, methods in groups.items()
+        if against in methods
     }
+
+
+def _scores(path: Path) -> dict[str, dict[str, float]]:
+    if not path.is_file():
+        raise EdgestillError(
+            f"{path}: expected the samples of a row of the results, found no such file; give the samples folder of the "
+            "study that wrote the results, or run it again with its --work folder after removing the row"
+        )
+    found: dict[str, dict[str, float]] = json.loads(path.read_text(encoding="utf-8"))
+    return _parts(found)
+
+
+def _parts(scores: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    found = {}
+    for part, samples in scores.items():
+        found[part] = samples
+        if part == CELLS:
+            same = {name: match[1] == match[2] for name in samples if (match := PAIR.search(name))}
+            found["xlt"] = {name: samples[name] for name, diagonal in same.items() if diagonal}
+            found["gxlt_off"] = {name: samples[name] for name, diagonal in same.items() if not diagonal}
+    return {part: samples for part, samples in found.items() if samples}
 
 
 def compare(methods: dict[str, Scores], against: str) -> list[dict[str, Any]]:
@@ -59,7 +89,12 @@ def compare(methods: dict[str, Scores], against: str) -> list[dict[str, Any]]:
             continue
         for part in mine[seeds[0]]:
             sides = [_mean([scores[seed][part] for seed in seeds]) for scores in (mine, methods[against])]
-            a, b = paired(sides[0], sides[1], lambda name: name.partition("_")[0])
+            a, b = paired(sides[0], sides[1], lambda name: PAIR.sub("", name))
+            if len(a) < 2:
+                raise EdgestillError(
+                    f"method {method}, {part}: expected scores of at least 2 questions to compare, found 1; run the "
+                    "study with more test questions"
+                )
             told = {"method": method, "part": part, "seeds": seeds, **asdict(bootstrap(a, b))}
             found.append(told | {"p_wilcoxon": wilcoxon(a, b)[1]})
     return found
@@ -92,13 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paired", description="Paired tests of a study's methods."
     )
-    parser.add_argument("samples", type=Path)
+    parser.add_argument("results", type=Path, help="a study's results, a row per run")
+    parser.add_argument("samples", type=Path, help="the folder samples in the study's working folder")
     parser.add_argument("--against", default="ce", help="the method that the others are compared with")
     parser.add_argument("--out", type=Path, help="write the comparisons as JSON")
     arguments = parser.parse_args(argv)
 
     def act() -> None:
-        datasets = read(arguments.samples, arguments.against)
+        datasets = read(arguments.results, arguments.samples, arguments.against)
         result = {name: compare(methods, arguments.against) for name, methods in datasets.items()}
         print(table(result, arguments.against))
         if arguments.out:

@@ -167,7 +167,10 @@ def _label(axes: Any, canvas: Any, points: Sequence[Point], best: str | None) ->
 
 
 def scalars(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:
-    """Stage -> scalar -> (epoch or step, value) of a train.jsonl; nested mappings become ``val accuracy``."""
+    """Stage -> scalar -> (epoch or step, value) of a train.jsonl; nested mappings become ``val accuracy``.
+
+    The ``course`` of a scalar within a line's epoch takes the place of the epoch's mean.
+    """
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for line in lines:
         x = line.get("epoch", line.get("step"))
@@ -178,9 +181,13 @@ def scalars(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[tupl
         for key, value in line.items():
             if isinstance(value, Mapping):
                 flat |= {f"{key} {name}": item for name, item in value.items()}
-        for key, value in flat.items():
-            if key not in SKIPPED and isinstance(value, (int, float)) and not isinstance(value, bool):
-                stage.setdefault(key, []).append((float(x), float(value)))
+        course = line.get("course", [])
+        within = {key for part in course for key in part}
+        flat = {key: value for key, value in flat.items() if key not in within}
+        for at, values in [*((x * part["step"] / line["step"], part) for part in course), (x, flat)]:
+            for key, value in values.items():
+                if key not in SKIPPED and isinstance(value, (int, float)) and not isinstance(value, bool):
+                    stage.setdefault(key, []).append((float(at), float(value)))
     return found
 
 

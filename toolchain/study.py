@@ -139,6 +139,11 @@ def done(results: Path) -> set[tuple[str, str, int, str]]:
     return keys
 
 
+def run_name(dataset: str, method: str, seed: int, sha256: str) -> str:
+    """Of the files of a run; ``sha256`` tells configs apart that go by the same names."""
+    return f"{dataset}-{method}-{seed}-{sha256[:8]}"
+
+
 def _lines(results: Path) -> Iterator[str]:
     if results.is_file():
         text = results.read_text(encoding="utf-8")
@@ -230,13 +235,14 @@ def work_off(job: Job) -> None:
     for number, item in enumerate(job.config["runs"], start=1):
         cfg = validate(item["config"])
         start = time.perf_counter()
-        folder = job.work / f"{item['dataset']}-{item['method']}-{item['seed']}-{item['sha256'][:8]}"
+        name = run_name(item["dataset"], item["method"], item["seed"], item["sha256"])
+        folder = job.work / name
         try:
             trained = train_student(cfg, data, job.inputs, folder, job.work / "shared")
         except EdgestillError as error:
             failures.append(f"{item['method']} seed {item['seed']}: {error}")
             continue
-        test = _tested(trained, job.out.parent / "samples", f"{item['dataset']}-{item['method']}-{item['seed']}")
+        test = _tested(trained, job.out.parent / "samples", name)
         if job.config["keep"]:
             place = Path(job.config["keep"]) / f"{item['dataset']}-{item['method']}-{item['seed']}"
             write(trained, place, cfg.section(*SECTIONS))

@@ -37,6 +37,7 @@ Score = Callable[[nn.Module], Mapping[str, float]]
 Moments = dict[str, float]
 SECTIONS = ("seed", "task", "data", "teacher", "student", "method")  # that a stage depends on
 SAVING = 20  # a checkpoint's time is waited for as often before the next, so that saving takes 5 % of a training
+POINTS = 60  # of a training's curves: where epochs are fewer, means of parts of each are logged in its line
 DRAIN_STEPS = 32  # on an accelerator, steps between two looks at the losses: a look waits for the device
 
 
@@ -217,6 +218,8 @@ class _Training:
         self.total = self.steps * recipe.epochs
         self.epoch = self.step = self.lines = 0  # step counts optimiser steps over all epochs
         self.sums: Moments = {}
+        self.parts = min(self.steps, max(1, POINTS // recipe.epochs))
+        self.course: dict[str, Moments] = {}  # sums by the last step of a part of the epoch
         self.seconds = 0.0
         self.best: dict[str, Any] = {}
         self.watched: dict[str, dict[str, Any]] = {}
@@ -298,17 +301,24 @@ class _Training:
         flat = [value.float() for _, scalars in self.pending for value in scalars.values()]
         values = iter(torch.stack(flat).tolist())
         for step, scalars in self.pending:
+            course = self.course.setdefault(str(self._part_end(step)), {})
             for name in scalars:
                 value = next(values)
                 if not math.isfinite(value):
                     self._refuse(step, name, value)
-                self.sums[name] = self.sums.get(name, 0.0) + value
-                self.sums[f"{name} count"] = self.sums.get(f"{name} count", 0.0) + 1
+                for sums in (self.sums, course):
+                    sums[name] = sums.get(name, 0.0) + value
+                    sums[f"{name} count"] = sums.get(f"{name} count", 0.0) + 1
         self.pending.clear()
-        means = self._means()
+        means = _means(self.sums)
         shown = " ".join(f"{name} {means[name]:.3g}" for name in ("loss", "accuracy") if name in means)
         score = f" val {next(iter(self.best['val'].values())):.4g}" if self.best.get("val") else ""
         bar.update(f"{self.name}: epoch {self.epoch + 1}/{self.recipe.epochs} {shown}{score}")
+
+    def _part_end(self, step: int) -> int:
+        """How many steps are done when the part of the epoch that ``step`` is in ends."""
+        part = (step - self.epoch * self.steps) * self.parts // self.steps
+        return self.epoch * self.steps - (-(part + 1) * self.steps // self.parts)
 
     def _refuse(self, step: int, what: str, value: float) -> None:
         kept = f"the last good checkpoint is kept: {self.saved}" if self.saved else "no checkpoint was due before that"
@@ -317,28 +327,31 @@ class _Training:
             f"{value}; {kept}. Lower train.lr (now {self.recipe.lr:g}) or the method's weights, or set train.clip"
         )
 
-    def _means(self) -> dict[str, float]:
-        names = [name for name in self.sums if not name.endswith(" count")]
-        return {name: self.sums[name] / self.sums[f"{name} count"] for name in names}
+    def _logged(self, sums: Moments) -> dict[str, float]:
+        means = _means(sums)
+        if self.accelerator.num_processes > 1:
+            reduced = self.accelerator.reduce(torch.tensor(list(means.values()), device=self.device), "mean").tolist()
+            means = dict(zip(means, reduced, strict=True))
+        return means
 
     def _end_epoch(self, bar: Bar) -> None:
         spent = self._elapsed()
         due = (self.epoch + 1) % self.recipe.score_every == 0 or self.epoch + 1 == self.recipe.epochs
         val = self._scores("validation", self.score) if due and self.score is not None else {}
         watched = {name: self._scores(name, score) for name, score in self.watch.items()} if due else {}
-        means = self._means()
-        if self.accelerator.num_processes > 1:
-            reduced = self.accelerator.reduce(torch.tensor(list(means.values()), device=self.device), "mean").tolist()
-            means = dict(zip(means, reduced, strict=True))
         line = {"stage": self.name, "epoch": self.epoch + 1, "step": self.step}
-        line |= {"lr": self.optimizer.param_groups[0]["lr"], **means, "val": val, **watched, "seconds": round(spent, 3)}
+        line |= {"lr": self.optimizer.param_groups[0]["lr"], **self._logged(self.sums), "val": val, **watched}
+        line["seconds"] = round(spent, 3)
         samples = len(self.batches) * self.batches.batch_size
         line["samples_per_second"] = round(samples / max(spent, 1e-9), 1)
+        if self.parts > 1:
+            line["course"] = [{"step": int(step)} | self._logged(sums) for step, sums in self.course.items()]
         self._consider(val)
         for name, scores in watched.items():
             if self._better(scores, self.watched.get(name, {}).get("scores", {})):
                 self.watched[name] = {"epoch": self.epoch + 1, "scores": scores}
-        self.epoch, self.sums, self.seconds, self.lines = self.epoch + 1, {}, 0.0, self.lines + 1
+        self.epoch, self.seconds, self.lines = self.epoch + 1, 0.0, self.lines + 1
+        self.sums, self.course = {}, {}
         self.started = time.monotonic()
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -394,7 +407,7 @@ class _Training:
         tensors |= {f"best.{name}": value for name, value in self.best_tensors.items()}
         tensors |= {f"rng.{name}": self._gathered(value) for name, value in checkpoint.rng_states(self.device).items()}
         state = {"key": self.key, "epoch": self.epoch, "step": self.step, "lines": self.lines, "sums": self.sums}
-        state |= {"seconds": self._elapsed(), "best": self.best, "watched": self.watched}
+        state |= {"course": self.course, "seconds": self._elapsed(), "best": self.best, "watched": self.watched}
         if self.accelerator.is_main_process:
             self.saved = checkpoint.save(self.folder, self.step, tensors, state)
         self.checked = time.monotonic()
@@ -440,7 +453,7 @@ class _Training:
         self.best_tensors = {name: value.to(self.device) for name, value in checkpoint.under(tensors, "best.").items()}
         self.epoch, self.step, self.lines = state["epoch"], state["step"], state["lines"]
         self.sums, self.seconds, self.best = state["sums"], state["seconds"], state["best"]
-        self.watched = state["watched"]
+        self.watched, self.course = state["watched"], state.get("course", {})
         rank = self.accelerator.process_index
         checkpoint.set_rng_states(
             {name: value[rank].clone() for name, value in checkpoint.under(tensors, "rng.").items()}
@@ -468,6 +481,10 @@ class _Training:
                 "watched": self.watched,
                 "steps": self.total,
             }
+
+
+def _means(sums: Moments) -> dict[str, float]:
+    return {name: value / sums[f"{name} count"] for name, value in sums.items() if not name.endswith(" count")}
 
 
 @contextmanager

@@ -9,37 +9,70 @@ import pytest
 from benchmarks import paired, tables
 
 
-def samples(folder: Path, name: str, shift: float, seed: int) -> None:
+def run(
+    folder: Path, dataset: str, method: str, shift: float, seed: int, sha256: str = "0" * 64, questions: int = 60
+) -> None:
+    """A row of ``results.jsonl`` and its samples."""
     rng = np.random.default_rng(seed)
     base = {
-        f"q{n}_{pair}": float(v)
-        for n in range(60)
+        f"the_q_{n}_{pair}": float(v)
+        for n in range(questions)
         for pair, v in zip(("en-en", "en-es"), rng.uniform(0, 90, 2), strict=True)
     }
-    noise = np.random.default_rng(len(name)).normal(0, 1, len(base))
-    value = {"cells": {key: item + shift + float(n) for (key, item), n in zip(base.items(), noise, strict=True)}}
-    (folder / f"{name}-{seed}.json").write_text(json.dumps(value))
+    noise = np.random.default_rng(len(method)).normal(0, 1, len(base))
+    shifts = [shift if key.endswith("en-en") else 2 * shift for key in base]
+    scores = (item + by + float(n) for item, by, n in zip(base.values(), shifts, noise, strict=True))
+    value = {"cells": dict(zip(base, scores, strict=True))}
+    (folder / f"{dataset}-{method}-{seed}-{sha256[:8]}.json").write_text(json.dumps(value))
+    row = {"dataset": dataset, "method": method, "seed": seed, "metrics": {"gxlt_f1": 1}, "config_sha256": sha256}
+    with (folder / "results.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def compared(folder: Path, *arguments: str) -> int:
+    return paired.main([str(folder / "results.jsonl"), str(folder), *arguments])
 
 
 def test_methods_are_compared_by_question_over_their_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "ntl3", "skd-no-ce", 50, 0, "1" * 64)  # of an earlier config
     for seed in (0, 1):
-        samples(tmp_path, "ntl3-ce", 0, seed)
-        samples(tmp_path, "ntl3-skd-map", 3, seed)
-    samples(tmp_path, "ntl5-ce", 0, 0)
-    assert paired.main([str(tmp_path), "--out", str(tmp_path / "out.json")]) == 0
+        run(tmp_path, "ntl3", "ce", 0, seed)
+        run(tmp_path, "ntl3", "skd-no-ce", 3, seed)
+    run(tmp_path, "ntl5", "ce", 0, 0)
+    run(tmp_path, "ntl5-skd", "no-ce", 0, 0)
+    assert compared(tmp_path, "--out", str(tmp_path / "out.json")) == 0
     told = json.loads((tmp_path / "out.json").read_text())["comparisons"]
+    assert told.keys() == {"ntl3", "ntl5"}
     assert told["ntl5"] == []
-    (row,) = told["ntl3"]
-    assert (row["method"], row["part"], row["seeds"], row["n"]) == ("skd-map", "cells", [0, 1], 60)
-    assert 2 < row["low"] < row["mean"] < row["high"] < 4
-    assert row["p"] < 0.01
-    assert row["p_wilcoxon"] < 0.01
-    assert (line := "| ntl3 | skd-map | cells |") in capsys.readouterr().out
+    rows = {row["part"]: row for row in told["ntl3"]}
+    for part, gain in {"cells": 4.5, "xlt": 3, "gxlt_off": 6}.items():
+        row = rows.pop(part)
+        assert (row["method"], row["seeds"], row["n"]) == ("skd-no-ce", [0, 1], 60)
+        assert gain - 1 < row["low"] < row["mean"] < row["high"] < gain + 1
+        assert row["p"] < 0.01
+        assert row["p_wilcoxon"] < 0.01
+    assert not rows
+    assert (line := "| ntl3 | skd-no-ce | cells |") in capsys.readouterr().out
     text = "<!-- results:out -->\n<!-- /results -->\n"
     assert line in (shown := tables.render(text, tmp_path, "README.md"))
     assert paired.NOTE in shown
 
 
-def test_a_missing_baseline_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert paired.main([str(tmp_path)]) == 1
-    assert "expected samples of a method ce, found none" in " ".join(capsys.readouterr().err.split())
+def test_one_question_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method in ("ce", "skd"):
+        run(tmp_path, "ntl3", method, 0, 0, questions=1)
+    assert compared(tmp_path) == 1
+    assert "at least 2 questions to compare, found 1" in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said() -> str:
+        assert compared(tmp_path) == 1
+        return "".join(capsys.readouterr().err.split())
+
+    assert "nosuchresults" in said()
+    run(tmp_path, "ntl3", "skd", 0, 0)
+    assert "expectedrowsofamethodce,foundskd" in said()
+    run(tmp_path, "ntl3", "ce", 0, 0)
+    (tmp_path / "ntl3-skd-0-00000000.json").unlink()
+    assert "ntl3-skd-0-00000000.json:expectedthesamplesofarow" in said()

@@ -195,6 +195,16 @@ def test_scalars_are_grouped_by_what_they_tell() -> None:
     assert b"<svg" in plots.training(found, "epoch")
 
 
+def test_the_course_within_an_epoch_is_drawn() -> None:
+    course = [{"step": 10, "coefficient": 0.6}, {"step": 20, "coefficient": 0.8}]
+    line = {"stage": "a", "epoch": 1, "step": 20, "coefficient": 0.7, "val": {"f1": 50.0}, "course": course}
+    later = {"stage": "a", "epoch": 2, "step": 40, "coefficient": 0.9, "course": [{"step": 30, "coefficient": 0.9}]}
+    assert plots.scalars([line, later])["a"] == {
+        "coefficient": [(0.5, 0.6), (1.0, 0.8), (1.5, 0.9)],
+        "val f1": [(1.0, 50.0)],
+    }
+
+
 def test_the_scalars_of_trajectories_are_known() -> None:
     scores = {"selection": 2.0, "minADE": 0.3, "meanFDE": 6.0}
     line = {"stage": "III-complete", "loss": 60.0, "path": 54.0, "features": 0.7, "grad_norm": 9.0}

@@ -108,15 +108,13 @@ def test_names_of_only_are_checked(path: Path, only: str, words: str) -> None:
         study.rows(path)
 
 
-def test_what_a_training_watched_is_in_its_row(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def worked_off(path: Path, monkeypatch: pytest.MonkeyPatch, **task: Any) -> dict[str, Any]:
+    """The row of a run that is not trained; its samples lie in ``samples`` beside the study."""
     watched = {"test": {"epoch": 5, "scores": {"selection": 1.9, "minADE": 0.31, "minFDE": 0.97}}}
-    task = SimpleNamespace(DIGITS=3)
     run = SimpleNamespace(
         records=[{"watched": {"test": {"scores": {"minADE": 9.0}}}}, {"watched": watched}],
         scorer=lambda split: lambda student: {"minADE": 0.3456, "minFDE": 1.0},
-        task=task,
+        task=SimpleNamespace(DIGITS=3, **task),
     )
     student = SimpleNamespace(parameters=list)
     monkeypatch.setattr(
@@ -124,11 +122,18 @@ def test_what_a_training_watched_is_in_its_row(
     )
     monkeypatch.setattr(study, "load_data", lambda folder: None)
     declared, rows = study.rows(path, ["seeds=[0]"])
-    (tmp_path / "shared").mkdir()
-    job = study._job(declared, tmp_path / "shared", rows[:1], tmp_path / "r.jsonl")
-    study.work_off(Job(job.stage, job.out, job.config, {"data": tmp_path}))
-    (row,) = map(json.loads, (tmp_path / "r.jsonl").read_text().splitlines())
-    assert row["metrics"] == {
+    shared, results = path.parent / "shared", path.parent / "r.jsonl"
+    shared.mkdir()
+    job = study._job(declared, shared, rows[:1], results)
+    study.work_off(Job(job.stage, job.out, job.config, {"data": shared}))
+    (row,) = map(json.loads, results.read_text().splitlines())
+    return dict(row)
+
+
+def test_what_a_training_watched_is_in_its_row(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert worked_off(path, monkeypatch)["metrics"] == {
         "minADE": 0.3456,
         "minFDE": 1.0,
         "val_minADE": 0.4,
@@ -137,6 +142,15 @@ def test_what_a_training_watched_is_in_its_row(
     }
     assert "minADE 0.346, minFDE 1.000" in capsys.readouterr().err
     assert study.selected([]) == study.selected([{"epochs": 3}]) == {}
+
+
+def test_samples_are_kept_under_the_name_that_their_row_gives(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = {"cells": {"q1": 50.0}}
+    row = worked_off(path, monkeypatch, examined=lambda run, student: ({"minADE": 0.5}, each))
+    assert row["metrics"]["minADE"] == 0.5
+    (kept,) = (path.parent / "samples").iterdir()
+    assert kept.name == f"digits-plain-0-{row['config_sha256'][:8]}.json"
+    assert json.loads(kept.read_text()) == each
 
 
 def test_rows_that_are_there_are_not_run_again(path: Path, trained: list[Job]) -> None:

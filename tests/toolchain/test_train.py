@@ -80,6 +80,25 @@ def test_training_learns_and_writes_a_line_per_epoch(tmp_path):
     assert run.records[0]["best_epoch"] == 15
 
 
+@pytest.mark.parametrize(("epochs", "parts"), [(1, 4), (3, 4), (20, 3), (30, 2), (31, 1)])
+def test_few_epochs_are_logged_in_parts(tmp_path, epochs, parts):
+    class Counting(Plain):
+        def forward(self, batch):
+            return super().forward(batch) | {"number": torch.tensor(self.progress * 4 * epochs + 1)}
+
+    run = tiny_run(tmp_path, train={"epochs": epochs})
+    train(run, Counting, score=False)
+    ends = {4: [1, 2, 3, 4], 3: [2, 3, 4], 2: [2, 4], 1: []}[parts]
+    for line in lines(run):
+        before = 4 * (line["epoch"] - 1)
+        course = line.get("course", [])
+        assert [part["step"] for part in course] == [before + end for end in ends]
+        for start, part in zip([0, *ends], course, strict=False):
+            assert part["number"] == pytest.approx((before + start + 1 + part["step"]) / 2)
+            assert {"loss", "accuracy", "grad_norm"} <= part.keys()
+        assert line["number"] == pytest.approx(before + 2.5)
+
+
 @pytest.mark.parametrize("make", [Plain, Generations])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_killed_anywhere_it_ends_with_the_same_bits(tmp_path, make, accumulate):

@@ -87,7 +87,7 @@ class DataSection(Section):
 
     ``tokenizer``: the encoder's folder or hub id; none with ``templates``, which trains one. ``ntl``: target languages
     drawn for each training question; all ordered pairs of them and the ``pivot`` are trained on. ``first``: the sets of
-    the first stage, in ``pivot``. Only tested: ``unseen``, languages of XQuAD, and ``tydiqa``, of TyDiQA-GoldP.
+    the first stage, in ``pivot``. Only tested: ``unseen``, languages of the source, and ``tydiqa``, of TyDiQA-GoldP.
     ``articles``: of ``templates``, for first, train, val, test. ``*_questions``: use so many ids at most.
     """
 
@@ -182,10 +182,12 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
     if method == "qa_student":
         if config.teacher is None:
             faults.append((("teacher",), "method qa_student makes a student out of a teacher; add a teacher section"))
-        if config.student.model != "small" or config.student.options:
-            faults.append(
-                (("student", "model"), "method qa_student cuts the student out of the teacher; give layers only")
-            )
+        default = Encoder()
+        faults += [
+            (("student", name), "method qa_student cuts the student out of the teacher; give layers only")
+            for name in Encoder.model_fields
+            if getattr(config.student, name) != getattr(default, name)
+        ]
     elif config.teacher is not None:
         faults.append((("teacher",), f"method {method} is its own teacher; remove the section, or use qa_student"))
     longest = max(config.data.windows.max_length, (config.data.first_windows or config.data.windows).max_length)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,15 @@ import numpy as np
 from toolchain.qa_windows import Cut, Layout, arrays, label_of, layout_of, windows
 from toolchain.tasks import Arrays, Data, Split, qa_readers
 from toolchain.tasks.datasets import DataError
-from toolchain.tasks.qa_readers import Question, aligned, all_pairs, article_split, check_leak, name_of, sample_pairs
+from toolchain.tasks.qa_readers import (
+    Question,
+    aligned,
+    all_pairs,
+    article_split,
+    check_leak,
+    of_articles,
+    sample_pairs,
+)
 from toolchain.tasks.qa_templates import articles
 from toolchain.tasks.qa_tokenizer import TOKENIZER, parse, read_tokenizer, train_tokenizer
 
@@ -57,8 +65,12 @@ def assemble(section: DataSection) -> Data:
         raise DataError("no aligned training question in the languages asked for; check data.languages")
     text = sets.tokenizer or read_tokenizer(str(section.tokenizer))
     maker = _Maker(text, section)
-    splits = {"first": maker.split(sets.first, section.first_windows)} if sets.first else {}
-    splits["train"] = maker.split(train)
+    splits, asked = {}, len(sets.first) + len(train)
+    if sets.first:
+        splits["first"], sets.first = maker.split(sets.first, section.first_windows)
+    splits["train"], train = maker.split(train)
+    if lost := asked - len(sets.first) - len(train):
+        sets.notes.append(f"{lost} training questions were left out: no window holds their whole answer.")
     splits |= {name: maker.scored(parts) for name, parts in (("val", sets.val), ("test", sets.test))}
     info = {
         "languages": list(section.languages),
@@ -124,6 +136,8 @@ def _templates(section: DataSection) -> Sets:
 def _folder(section: DataSection) -> Sets:
     folder = Path(str(section.path)).expanduser()
     parts = {part: qa_readers.own_files(folder, part, section.languages) for part in ("train", "val", "test")}
+    for language in section.unseen:
+        parts["test"][language] = qa_readers.read_squad(folder / f"test.{language}.json", language)
     first = folder / f"first.{section.pivot}.json"
     questions = qa_readers.read_squad(first, section.pivot) if first.is_file() else []
     return _sets(section, questions, parts["train"], parts["val"], parts["test"], [])
@@ -134,42 +148,53 @@ def _xquad(section: DataSection) -> Sets:
     everything = {
         language: qa_readers.xquad(language, root, download) for language in (*section.languages, *section.unseen)
     }
+    pairs = [(q, c) for q in section.languages for c in section.languages] if section.evaluate == "mlqa" else []
+    mlqa = {part: {pair: qa_readers.mlqa(*pair, part, root) for pair in pairs} for part in ("dev", "test")}
+    tydiqa = {language: qa_readers.tydiqa(language, "dev", root) for language in section.tydiqa}
     titles = {question.title for question in everything[section.pivot]}
-    train, val, test = article_split(titles) if section.evaluate == "xquad" else (titles, set(), titles)
+    train, val, test = article_split(titles) if section.evaluate == "xquad" else (titles, set(), set())
     trained, chosen, tested = (
         {language: [q for q in questions if q.title in part] for language, questions in everything.items()}
         for part in (train, val, test)
     )
-    first, notes = _first(section, root, train, titles - train)
+    measured = [question for part in mlqa.values() for questions in part.values() for question in questions]
+    measured += [question for questions in tydiqa.values() for question in questions]
+    trained, notes = _apart(trained, of_articles(measured))
+    held_out = of_articles([*measured, *(q for q in everything[section.pivot] if q.title not in train)])
+    first = _first(section, root, train)
+    kept = [question for question in first if not held_out(question)]
+    if lost := len(first) - len(kept):
+        notes.append(f"{lost} questions of the first stage were left out: their articles are held out.")
     notes.append(
         "Not comparable with published XQuAD numbers: its articles are training data here, and scores are on held-out "
         "articles."
         if section.evaluate == "xquad"
         else "XQuAD's trained languages are training data here, no test set."
     )
-    if section.evaluate == "xquad":
-        sets = _sets(section, first, trained, chosen, tested, notes)
-    else:
-        sets = _sets(section, first, trained, {}, {}, notes)
-        for part, name in ((sets.val, "dev"), (sets.test, "test")):
-            pairs = [
+    sets = _sets(section, kept, trained, chosen, tested, notes)
+    for part, name in ((sets.val, "dev"), (sets.test, "test")):
+        if pairs:
+            part[CELLS] = [
                 replace(question, id=f"{question.id}_{q}-{c}")
-                for q in section.languages
-                for c in section.languages
-                for question in _of(qa_readers.mlqa(q, c, name, root), section.eval_questions)
+                for (q, c), questions in mlqa[name].items()
+                for question in _of(questions, section.eval_questions)
             ]
-            part[CELLS] = pairs
-    if section.tydiqa:
-        sets.test[TYDIQA] = [
-            question
-            for language in section.tydiqa
-            for question in _of(qa_readers.tydiqa(language, "dev", root), section.eval_questions)
-        ]
+    if tydiqa:
+        sets.test[TYDIQA] = [q for questions in tydiqa.values() for q in _of(questions, section.eval_questions)]
     return sets
 
 
-def _first(section: DataSection, root: Path, train: set[str], held_out: set[str]) -> tuple[list[Question], list[str]]:
-    """Questions of the first stage; articles that are held out elsewhere are left out of it, and counted in a note."""
+def _apart(
+    trained: dict[str, list[Question]], measured: Callable[[Question], bool]
+) -> tuple[dict[str, list[Question]], list[str]]:
+    """``trained`` without the questions, in all languages, of articles that are measured, and a note of how many."""
+    lost = {question.id for questions in trained.values() for question in questions if measured(question)}
+    note = f"{len(lost)} training questions of XQuAD were left out: their articles are tested or chosen by."
+    kept = {language: [q for q in questions if q.id not in lost] for language, questions in trained.items()}
+    return kept, [note] if lost else []
+
+
+def _first(section: DataSection, root: Path, train: set[str]) -> list[Question]:
     found: list[Question] = []
     if "squad_train" in section.first:
         found += qa_readers.squad_train(root, section.download)
@@ -177,10 +202,7 @@ def _first(section: DataSection, root: Path, train: set[str], held_out: set[str]
         found += [q for q in qa_readers.squad_dev(root, section.download) if q.title in train]
     if "tydiqa_en" in section.first:
         found += qa_readers.tydiqa("en", "train", root)
-    names = {name_of(title) for title in held_out}
-    kept = [question for question in found if name_of(question.title) not in names]
-    lost = len(found) - len(kept)
-    return kept, [f"{lost} questions of the first stage were left out: their articles are held out."] if lost else []
+    return found
 
 
 def _sets(
@@ -227,9 +249,23 @@ class _Maker:
         self.tokenizer, self.section = parse(tokenizer), section
         self.layout: Layout = layout_of(self.tokenizer)
 
-    def split(self, questions: Sequence[Question], other: Any = None) -> Split:
-        """To train on: windows and their labels."""
-        return Split(self._arrays(questions, other or self.section.windows, decode=False), FEEDS, mask="attention_mask")
+    def split(self, questions: Sequence[Question], other: Any = None) -> tuple[Split, list[Question]]:
+        """To train on: windows and their labels, of the questions that have a window with the whole answer.
+
+        Raises DataError when none has.
+        """
+        settings = other or self.section.windows
+        found = self._arrays(questions, settings, decode=False)
+        kept = np.unique(found["question"][found["end"] > 0])
+        if not len(kept):
+            raise DataError(
+                f"expected training answers that are whole in a window of {settings.max_length} tokens, found none "
+                f"among {len(questions)} questions; raise max_length, or lower step"
+            )
+        rows = np.isin(found["question"], kept)
+        arrays = {name: array[rows] for name, array in found.items()}
+        arrays["question"] = np.searchsorted(kept, arrays["question"]).astype(np.int32)
+        return Split(arrays, FEEDS, mask="attention_mask"), [questions[number] for number in kept]
 
     def scored(self, parts: Mapping[str, Sequence[Question]]) -> Split:
         """To score: what decoding and scoring need, too; shuffled, so that any prefix is a fair sample."""

@@ -1,6 +1,7 @@
 """Questions from SQuAD-v1.1 JSON: XQuAD, SQuAD, TyDiQA-GoldP, MLQA, or a person's own files; splits by article.
 
-Standard library only. Every answer's text is checked against its offset, which counts code points of the context.
+Standard library only. Every answer's text is checked against its offset, which counts code points of the context, and
+kept without outer white space, which no token would hold.
 """
 
 from __future__ import annotations
@@ -90,7 +91,11 @@ def read_squad(
         ids.add(question.id)
     if not found:
         raise DataError(f"{path}: expected questions, found none; give a file with some")
-    return found
+    return [replace(question, answers=tuple(_stripped(*answer) for answer in question.answers)) for question in found]
+
+
+def _stripped(text: str, start: int) -> tuple[str, int]:
+    return text.strip(), start + len(text) - len(text.lstrip())
 
 
 def check_offsets(question: Question, path: Path) -> None:
@@ -101,7 +106,7 @@ def check_offsets(question: Question, path: Path) -> None:
             "not part of this task: remove them"
         )
     for text, start in question.answers:
-        if not isinstance(start, int) or not isinstance(text, str) or not text:
+        if not isinstance(start, int) or not isinstance(text, str) or not text.strip():
             raise DataError(f"{path}: question {question.id}: expected a text and a number, found {text!r}, {start!r}")
         found = question.context[max(start, 0) : start + len(text)]
         if start < 0 or found != text:
@@ -128,13 +133,18 @@ def name_of(title: str) -> str:
     return " ".join(title.replace("_", " ").casefold().split())
 
 
+def of_articles(questions: Iterable[Question]) -> Callable[[Question], bool]:
+    """Whether a question is of an article of ``questions``, by title or by the text of its context."""
+    known = list(questions)
+    titles, contexts = {name_of(q.title) for q in known if q.title}, {q.context for q in known}
+    return lambda q: (bool(q.title) and name_of(q.title) in titles) or q.context in contexts
+
+
 def check_leak(train: Iterable[Question], held_out: Iterable[Question], what: str) -> None:
-    """Raise DataError when an article is on both sides, by title or by the text of a context."""
-    titles = {name_of(q.title): q for q in train if q.title}
-    contexts = {q.context for q in train}
+    """Raise DataError when an article is on both sides."""
+    trained = of_articles(train)
     for question in held_out:
-        both = titles.get(name_of(question.title)) if question.title else None
-        if both is not None or question.context in contexts:
+        if trained(question):
             raise DataError(
                 f"article {question.title!r} (question {question.id}) is among the training articles and in {what}; "
                 "split by article, so that nothing measured was trained on"
@@ -199,10 +209,11 @@ def squad_dev(root: Path, download: bool = False) -> list[Question]:
 
 def tydiqa(language: str, part: str, root: Path) -> list[Question]:
     """TyDiQA-GoldP; ``part`` is ``train`` or ``dev``. Titles are of the language's own Wikipedia, which they name."""
-    name = TYDIQA[language]
-    names = [f"tydiqa_goldp/{name}_tydiqa_{part}.json", f"tydiqa_goldp/tydiqa-goldp-{part}-{name}.json"]
-    home = "https://storage.googleapis.com/tydiqa/v1.1/tydiqa-goldp-v1.1-dev.tgz"
-    found = read_squad(_place(root, names, f"TyDiQA-GoldP {part} in {name}", home), language)
+    name, whole = TYDIQA[language], f"tydiqa-goldp-v1.1-{part}.json"  # whole: all languages, which ids begin with
+    names = [f"{name}_tydiqa_{part}.json", f"tydiqa-goldp-{part}-{name}.json", whole]
+    home = f"https://storage.googleapis.com/tydiqa/v1.1/{whole}"
+    path = _place(root, [f"tydiqa_goldp/{one}" for one in names], f"TyDiQA-GoldP {part} in {name}", home)
+    found = read_squad(path, language, keep=lambda entry: entry["id"].startswith(f"{name}-"))
     return found if language == "en" else [replace(q, title=f"{language}:{q.title}") for q in found]
 
 

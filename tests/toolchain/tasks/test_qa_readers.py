@@ -56,6 +56,12 @@ def test_a_file_is_read_without_a_version_and_zipped_too(tmp_path: Path, name: s
     assert question.context[12:16] == "Lima"
 
 
+def test_answers_lose_outer_white_space(tmp_path: Path) -> None:
+    answers = [{"text": " Lima", "answer_start": 11}, {"text": "en ", "answer_start": 9}]
+    (question,) = read_squad(written(tmp_path / "a.json", squad({"answers": answers})), "es")
+    assert question.answers == (("Lima", 12), ("en", 9))
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -71,6 +77,7 @@ def test_a_file_is_read_without_a_version_and_zipped_too(tmp_path: Path, name: s
         (squad({"answers": [{"text": "Lima", "answer_start": -1}]}), "found 'Ana'; answer_start should be 12"),
         (squad({"answers": [{"text": "Quito", "answer_start": 3}]}), "nowhere in the context; remove it"),
         (squad({"answers": [{"text": "Lima", "answer_start": "12"}]}), "expected a text and a number"),
+        (squad({"answers": [{"text": " ", "answer_start": 3}]}), "expected a text and a number"),
     ],
 )
 def test_a_wrong_file_is_named_with_id_expected_found_and_remedy(tmp_path: Path, value: Any, message: str) -> None:
@@ -169,6 +176,15 @@ def test_mlqa_is_read_by_both_languages(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected .*dev-context-es-question-de\.json.* Get it from https://"):
         qa_readers.mlqa("de", "es", "dev", tmp_path)
     assert len(MLQA) == 7
+
+
+def test_tydiqa_is_read_from_the_file_of_all_languages(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"Get it from https://.*/tydiqa-goldp-v1\.1-train\.json and put it there"):
+        qa_readers.tydiqa("fi", "train", tmp_path)
+    value = squad({"id": "finnish-1-0"}, {"id": "english--2-0"})
+    written(tmp_path / "tydiqa_goldp" / "tydiqa-goldp-v1.1-train.json", value)
+    found = [(q.id, q.title) for one in ("fi", "en") for q in qa_readers.tydiqa(one, "train", tmp_path)]
+    assert found == [("finnish-1-0", "fi:Lima"), ("english--2-0", "Lima")]
 
 
 def test_an_article_on_both_sides_is_an_error() -> None:

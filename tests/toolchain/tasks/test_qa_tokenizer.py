@@ -104,6 +104,10 @@ def test_another_tokenizer_is_an_error_not_garbage() -> None:
     check_same(mine, json.dumps(json.loads(mine), indent=1), "the teacher")
     with pytest.raises(TokenizerError, match=r"the teacher was made with another tokenizer.*set data\.tokenizer"):
         check_same(mine, other, "the teacher")
+    lower = json.loads(mine)
+    lower["normalizer"] = {"type": "Lowercase"}
+    with pytest.raises(TokenizerError, match=r"found others around the same pieces"):
+        check_same(mine, json.dumps(lower), "the teacher")
 
 
 def test_a_tokenizer_is_found_in_a_folder_and_its_absence_explained(
