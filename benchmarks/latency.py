@@ -1,6 +1,6 @@
 """How long a call takes, and how sure we are of it.
 
-Every model lives in a worker process of its own (``python -m benchmarks.latency --worker``), kept alive and idle
+Every model lives in a worker process of its own (``benchmarks.latency --worker``), kept alive and idle
 while others are measured; rounds are interleaved, A B C A B C, so that a slow minute of the machine falls on all.
 One clock for every runtime: ``perf_counter_ns`` on the host, numpy in and numpy out.
 """
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.accuracy import predict
-from toolchain import artifact
+from toolchain import artifact, child
 from toolchain.artifact import EdgestillError
 from toolchain.tasks import Split, as_fed, load_data
 
@@ -292,7 +292,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        command = [sys.executable, "-m", "benchmarks.latency", "--worker"]
+        command = child.command("benchmarks.latency", "--worker")
         env = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=env

@@ -272,7 +272,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def act() -> None:
         if arguments.summary:
-            value = json.loads(arguments.summary.read_text(encoding="utf-8"))
+            try:
+                value = json.loads(arguments.summary.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise TableError(f"{arguments.summary}: not readable as JSON ({error}); make it again") from error
             console.width = max(console.width, LEAST_WIDTH)
             console.print(summary_table(value))
             for note in (*notes(value), *reasons(value)):

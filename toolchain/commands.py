@@ -15,7 +15,7 @@ from typing import Any, get_args
 from rich.markup import escape
 from rich.table import Table
 
-from toolchain import artifact, pipeline
+from toolchain import artifact, child, pipeline
 from toolchain.artifact import EdgestillError, Manifest, UsageError
 from toolchain.config import (
     BenchSection,
@@ -83,12 +83,17 @@ def publish(root: Path) -> None:
 
 
 def show_summary(root: Path) -> None:
-    """The table is drawn by the benchmarks package, in its own process: the core imports neither of the others."""
-    subprocess.run([sys.executable, "-m", "benchmarks.tables", "--summary", str(root / "summary.json")], check=True)
+    _show_table(root / "summary.json")
     console.print(f"report: {root / 'report.html'}", markup=False, style="bold")
     best = _read_json(root / "summary.json").get("recommended")
     if best:
         console.print(f"next:   ship {root / best['name']}", markup=False)
+
+
+def _show_table(path: Path) -> None:
+    """The table is drawn by the benchmarks package, in its own process: the core imports neither of the others."""
+    if code := subprocess.run(child.command("benchmarks.tables", "--summary", str(path)), check=False).returncode:
+        raise EdgestillError(f"{path}: its table could not be shown (benchmarks.tables ended with exit code {code})")
 
 
 def _dry_run(work: Pipeline) -> dict[str, Any]:
@@ -98,9 +103,7 @@ def _dry_run(work: Pipeline) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dry.json"
         path.write_text(json.dumps(work.cfg.model_dump(mode="json")), encoding="utf-8")
-        reply = subprocess.run(
-            [sys.executable, "-m", "toolchain.dryrun", str(path)], stdout=subprocess.PIPE, check=False
-        )
+        reply = subprocess.run(child.command("toolchain.dryrun", str(path)), stdout=subprocess.PIPE, check=False)
     if reply.returncode:
         raise EdgestillError("the dry run failed; nothing was trained")
     checked = json.loads(reply.stdout)
@@ -187,7 +190,7 @@ def bench(folders: Sequence[Path], overrides: Sequence[str], out: Path, data: Pa
     job = Job(out.name, out, {"task": task, "bench": section, "failed": {}}, inputs)
     perform("benchmarks.bench", job)
     if show:
-        subprocess.run([sys.executable, "-m", "benchmarks.tables", "--summary", str(out / "bench.json")], check=True)
+        _show_table(out / "bench.json")
     return out
 
 
