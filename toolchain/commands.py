@@ -17,19 +17,10 @@ from rich.table import Table
 
 from toolchain import artifact, child, pipeline
 from toolchain.artifact import EdgestillError, Manifest, UsageError
-from toolchain.config import (
-    BenchSection,
-    CompileSection,
-    Config,
-    ExportSection,
-    Precision,
-    allowed,
-    apply_overrides,
-    validate,
-    validate_section,
-)
+from toolchain.config import Config, Precision, allowed, apply_overrides, validate, validate_section
 from toolchain.config import load as load_config
 from toolchain.pipeline import Pipeline, human_bytes, lock, perform, resumable
+from toolchain.section import Section
 from toolchain.stage import Job, console
 from toolchain.tasks import load_task
 
@@ -118,7 +109,7 @@ def _dry_run(work: Pipeline) -> dict[str, Any]:
     return {"stages": states, "checked": checked}
 
 
-def export(student: Path, precision: str, out: Path | None, data: Path | None) -> Path:
+def export(student: Path, precision: str, overrides: Sequence[str], out: Path | None, data: Path | None) -> Path:
     """Make ``onnx`` (and from it ``onnx-<precision>``) beside the student, or at ``out``."""
     if precision not in get_args(Precision):
         raise UsageError(f"--precision {precision}: {allowed(precision, get_args(Precision))}")
@@ -126,8 +117,9 @@ def export(student: Path, precision: str, out: Path | None, data: Path | None) -
     if manifest.stage not in ("student", "teacher"):
         raise UsageError(f"{student}: expected a student folder, found a folder of stage {manifest.stage}")
     data = _beside(student, data, "data")
-    settings = _settings(student.parent, "export", ExportSection)
     task = manifest.config["task"]
+    _refuse_precisions("export", overrides, "give --precision")
+    settings = _settings(student.parent, "export", task, overrides)
     base = "onnx-teacher" if manifest.stage == "teacher" else "onnx"
     fp32 = student.parent / base if precision != "fp32" or out is None else out
     exact = {key: settings[key] for key in ("opset", "parity")}
@@ -139,22 +131,33 @@ def export(student: Path, precision: str, out: Path | None, data: Path | None) -
         rest = {key: value for key, value in settings.items() if key != "precisions"}
         config = {"task": task, "precision": precision, "export": rest}
         _make("export.precision", Job(folder.name, folder, config, {"onnx": fp32, "data": data}))
-    console.print(f"next: edgestill compile {folder}\n  or: edgestill bench {folder}", markup=False)
+    bench = f"edgestill bench {folder}"
+    console.print(
+        f"next: {bench}" if precision == "int8-cpu" else f"next: edgestill compile {folder}\n  or: {bench}",
+        markup=False,
+    )
     return folder
 
 
-def compile(onnx: Path, target: str | None, backend: str, out: Path | None) -> list[Path]:
+def compile(
+    onnx: Path, target: str | None, backend: str | None, overrides: Sequence[str], out: Path | None
+) -> list[Path]:
     """Build an engine per target beside the ONNX folder, or under ``out``."""
     manifest = artifact.read(onnx)
     if "model.onnx" not in manifest.files:
         raise UsageError(f"{onnx}: expected an ONNX folder, found a folder of stage {manifest.stage}")
-    settings = dict(_settings(onnx.parent, "compile", CompileSection))
-    settings["backend"] = backend
+    _refuse_precisions("compile", overrides, "it is the ONNX folder's")
+    root = onnx.resolve().parent
+    chosen = any(override.partition("=")[0].removeprefix("compile.") == "targets" for override in overrides)
+    if target is None and not chosen and not (root / "config.json").is_file():
+        target = _capability_here()
     if target is not None:
-        settings["targets"] = [name.strip() for name in target.split(",")]
-    settings = validate_section(CompileSection, settings, "compile").model_dump(mode="json")
+        overrides = [*overrides, f"targets={json.dumps([name.strip() for name in target.split(',')])}"]
+    if backend is not None:
+        overrides = [*overrides, f"backend={backend}"]
+    settings = _settings(root, "compile", _task_of(manifest), overrides)
     if settings["backend"] == "none":
-        raise UsageError("--backend none: nothing to do; allowed: auto, tensorrt, tensorrt-rtx")
+        raise UsageError("compile.backend none: nothing to do; give --backend auto, tensorrt or tensorrt-rtx")
     targets = settings.pop("targets")
     settings.pop("precisions")
     precision = manifest.extra["precision"]
@@ -174,7 +177,7 @@ def bench(folders: Sequence[Path], overrides: Sequence[str], out: Path, data: Pa
     task = None
     for folder in folders:
         manifest = artifact.read(folder)
-        task = task or manifest.config.get("task") or manifest.extra.get("task")
+        task = task or _task_of(manifest)
         role = folder.resolve().name
         if role in inputs:
             role = f"{folder.resolve().parent.name}-{role}"
@@ -184,10 +187,8 @@ def bench(folders: Sequence[Path], overrides: Sequence[str], out: Path, data: Pa
         inputs["data"] = beside
     else:
         console.print("no data artifact at hand (--data DIR): latency only, no accuracy", style="yellow")
-    settings = {"bench": _settings(folders[0].resolve().parent, "bench", BenchSection)}
-    apply_overrides(settings, [o if o.startswith("bench.") else f"bench.{o}" for o in overrides])
-    section = validate_section(BenchSection, settings["bench"], "bench").model_dump(mode="json")
-    job = Job(out.name, out, {"task": task, "bench": section, "failed": {}}, inputs)
+    settings = _settings(folders[0].resolve().parent, "bench", task, overrides)
+    job = Job(out.name, out, {"task": task, "bench": settings, "failed": {}}, inputs)
     perform("benchmarks.bench", job)
     if show:
         _show_table(out / "bench.json")
@@ -332,12 +333,39 @@ def _run_config(root: Path) -> Config | None:
     return validate(_read_json(path), source=str(path))
 
 
-def _settings(root: Path, key: str, section: type[Any]) -> dict[str, Any]:
-    """A section of the run's config, or its defaults outside a run."""
+def _task_of(manifest: Manifest) -> str | None:
+    return manifest.config.get("task") or manifest.extra.get("task")
+
+
+def _refuse_precisions(key: str, overrides: Sequence[str], remedy: str) -> None:
+    if found := [o for o in overrides if o.partition("=")[0].removeprefix(f"{key}.") == "precisions"]:
+        raise UsageError(f"--set {found[0]}: one precision is made here; {remedy}")
+
+
+def _settings(root: Path, key: str, task: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """A section of the run's config, or outside a run what ``task`` has for it by default; then ``overrides``."""
     cfg = _run_config(root)
-    value = getattr(cfg, key) if cfg is not None else section()
-    settings: dict[str, Any] = value.model_dump(mode="json")
-    return settings
+    section = Config.model_fields[key].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, Section)
+    found = getattr(cfg, key) if cfg is not None else validate_section(section, _defaults(task).get(key, {}), key)
+    settings = {key: found.model_dump(mode="json")}
+    apply_overrides(settings, [o if o.startswith(f"{key}.") else f"{key}.{o}" for o in overrides])
+    return validate_section(section, settings[key], key).model_dump(mode="json")
+
+
+def _defaults(task: str | None) -> Mapping[str, Any]:
+    try:
+        return getattr(load_task(task), "DEFAULTS", {}) if task else {}
+    except EdgestillError as error:  # a person's own task, which a device that compiles may lack
+        console.print(f"{error}; its defaults do not count here, set them with --set", style="yellow", markup=False)
+        return {}
+
+
+def _capability_here() -> str | None:
+    """Of the first GPU, asked for in a process: no CUDA in this one."""
+    reply = subprocess.run(child.command("export.engine", "--device"), stdout=subprocess.PIPE, text=True, check=False)
+    return reply.stdout.strip() or None
 
 
 def _read_json(path: Path) -> Any:

@@ -116,7 +116,7 @@ def test_a_table_that_cannot_be_drawn_is_an_error_without_a_traceback(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "summary.json").write_text("{")
-    with pytest.raises(EdgestillError, match="summary.json: its table could not be shown"):
+    with pytest.raises(EdgestillError, match=r"summary.json: its table could not be shown"):
         commands.show_summary(tmp_path)
     said = capfd.readouterr().err
     assert "not readable as JSON" in said
