@@ -160,7 +160,7 @@ def bench(
         result = commands.bench_result(commands.bench(folders, overrides or [], out, data, show=not json))
         if json:
             _print_json(result)
-        if any(row["status"] != "ok" for row in result["rows"]):
+        if commands.failures(result["rows"]):
             raise typer.Exit(commands.INCOMPLETE)
 
     _do(action, debug)

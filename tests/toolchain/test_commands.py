@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from toolchain import artifact, commands
 from toolchain.artifact import UsageError
+from toolchain.cli import app
 from toolchain.config import ConfigError, load
+from toolchain.pipeline import Outcome, Pipeline
 from toolchain.stage import Job
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -124,3 +127,23 @@ def test_the_gpu_that_is_here_is_asked_for_in_a_process() -> None:
     from export.engine import device_capability
 
     assert commands._capability_here() == device_capability()
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("not run", 0), ("failed", 3), ("not made", 3)])
+def test_a_row_that_failed_is_told_by_the_exit_code(
+    status: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bench", "report"):
+        (tmp_path / name).mkdir()
+    rows = [{"name": "onnx", "status": status, "reason": "it is damaged"}]
+    (tmp_path / "bench" / "bench.json").write_text(json.dumps({"rows": rows}))
+    for name in commands.REPORT_FILES:
+        (tmp_path / "report" / name).write_text("{}")
+    monkeypatch.setattr(Pipeline, "run", lambda self, last: Outcome(tmp_path, reused=["bench", "report"]))
+    monkeypatch.setattr(commands, "show_summary", lambda root: None)
+    reply = CliRunner().invoke(app, ["run", str(CONFIGS / "digits.yaml"), "--out", str(tmp_path)])
+    assert reply.exit_code == code
+    assert ("already complete" in reply.stderr) is (code == 0)
+    assert (f"to measure again, remove {tmp_path / 'bench'}" in reply.stderr) is (code == 3)
+    monkeypatch.setattr(commands, "bench", lambda *_, **__: tmp_path / "bench")
+    assert CliRunner().invoke(app, ["bench", str(tmp_path)]).exit_code == code
