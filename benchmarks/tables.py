@@ -126,9 +126,12 @@ def notes(value: Mapping[str, Any]) -> list[str]:
 
 
 def reasons(value: Mapping[str, Any]) -> list[str]:
-    """Why rows are missing."""
-    missing = [row for row in value["rows"] if row["status"] != "ok"]
-    return [f"{row['name']} {row['status']}: {' '.join(str(row['reason']).split())}" for row in missing]
+    """Why rows are missing; rows of one reason together."""
+    names: dict[str, list[str]] = {}
+    for row in value["rows"]:
+        if row["status"] != "ok":
+            names.setdefault(f"{row['status']}: {' '.join(str(row['reason']).split())}", []).append(row["name"])
+    return [f"{', '.join(found)} {why}" for why, found in names.items()]
 
 
 def device(environment: Mapping[str, Any]) -> str:
@@ -177,7 +180,9 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
     if "comparisons" in value:
         return f"{paired.table(value['comparisons'], value['against'])}\n{paired.NOTE}\n"
     if "rows" in value:
-        return summary_markdown(value)
+        return "\n".join(
+            [summary_markdown(value), " ".join(notes(value)), *(f"\n{why}." for why in reasons(value)), ""]
+        )
     raise TableError(
         f"{what}: neither a summary nor a measurement of benchmarks.overhead, .distillation, .ppt or .paired"
     )
