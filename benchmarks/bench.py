@@ -238,6 +238,7 @@ def _row(row: Row, found: Measured) -> dict[str, Any]:
         "precision": row.precision,
         "id": row.manifest.id,
         "parameters": row.manifest.extra.get("parameters"),
+        "converted": row.manifest.extra.get("converted"),
         "bytes": row.bytes,
         "accuracy": None,
         "agreement": None,
