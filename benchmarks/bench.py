@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks import accuracy
 from benchmarks.environment import environment
-from benchmarks.latency import LEAST, BenchError, Measured, Worker, measure, ticks
+from benchmarks.latency import LEAST, BenchError, Measured, NoDevice, Worker, measure, ticks
 from toolchain import artifact
 from toolchain.artifact import EdgestillError, Manifest
 from toolchain.stage import Job, main, progress
@@ -111,7 +111,7 @@ def run(job: Job) -> None:
 
 
 def _start(row: Row, settings: Mapping[str, Any], data: Path | None) -> None:
-    """Load the row's model in its worker, or note why it cannot run here."""
+    """Load the row's model in its worker, or note why not: it failed, or is ``not run`` where it has no device."""
     which = "teacher" if row.kind == "teacher" else "student"
     provider = settings["provider"] if row.backend == "onnxruntime" else "cpu"
     worker = Worker(row.name, row.folder, row.backend, which, provider, settings["threads"], data)
@@ -120,7 +120,7 @@ def _start(row: Row, settings: Mapping[str, Any], data: Path | None) -> None:
         row.worker = worker
     except BenchError as error:
         worker.close()
-        row.fail("not run", str(error))
+        row.fail("not run" if isinstance(error, NoDevice) else "failed", str(error))
 
 
 def _results(job: Job, rows: list[Row], measured: dict[str, Measured]) -> dict[str, Any]:
@@ -238,6 +238,7 @@ def _row(row: Row, found: Measured) -> dict[str, Any]:
         "precision": row.precision,
         "id": row.manifest.id,
         "parameters": row.manifest.extra.get("parameters"),
+        "converted": row.manifest.extra.get("converted"),
         "bytes": row.bytes,
         "accuracy": None,
         "agreement": None,

@@ -76,7 +76,7 @@ def _unit(metric: Metric) -> str:
 
 
 def precision_words(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """``text`` on each lower precision: is it faster than fp32 here, is its file smaller; and ``slower``."""
+    """``text`` on each lower precision: its speed here, its size, and how it was made; and ``slower``."""
     exact = of(rows, "onnx")
     words: list[dict[str, Any]] = []
     if exact is None:
@@ -98,7 +98,8 @@ def precision_words(rows: Sequence[Row]) -> list[dict[str, Any]]:
             f"; its file is {times(exact['bytes'] / row['bytes'])} smaller" if row["bytes"] < exact["bytes"] else ""
         )
         told = ", ".join(f"{verdict} {place}" for place, verdict in verdicts)
-        words.append({"text": f"{row['name']}: {lead}{told}{smaller}.", "slower": slower > 0})
+        how = f" {row['converted']}." if row.get("converted") else ""
+        words.append({"text": f"{row['name']}: {lead}{told}{smaller}.{how}", "slower": slower > 0})
     return words
 
 

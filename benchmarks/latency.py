@@ -1,6 +1,6 @@
 """How long a call takes, and how sure we are of it.
 
-Every model lives in a worker process of its own (``python -m benchmarks.latency --worker``), kept alive and idle
+Every model lives in a worker process of its own (``benchmarks.latency --worker``), kept alive and idle
 while others are measured; rounds are interleaved, A B C A B C, so that a slow minute of the machine falls on all.
 One clock for every runtime: ``perf_counter_ns`` on the host, numpy in and numpy out.
 """
@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.accuracy import predict
-from toolchain import artifact
+from toolchain import artifact, child
 from toolchain.artifact import EdgestillError
+from toolchain.runtime import DeviceMissing
 from toolchain.tasks import Split, as_fed, load_data
 
 Feeds = dict[str, NDArray[Any]]
@@ -40,6 +41,10 @@ WINDOWS = 16
 
 class BenchError(EdgestillError):
     """A model cannot be loaded or run in its worker."""
+
+
+class NoDevice(BenchError):
+    """A model is for a device that is not here."""
 
 
 # --- statistics
@@ -268,8 +273,8 @@ def serve(orders: IO[str], answers: IO[str]) -> None:
                 split = as_fed(load_data(order["data"]).splits[order["split"]], Path(order["folder"]))
                 predict(subject.call, split, order["batch"], Path(order["out"]))
         except Exception as error:  # whatever a runtime raises becomes a reason in the report
-            ours = isinstance(error, EdgestillError)
-            answer = {"error": str(error) if ours else f"{type(error).__name__}: {error}", "ours": ours}
+            text = str(error) if isinstance(error, EdgestillError) else f"{type(error).__name__}: {error}"
+            answer = {"error": text, "no_device": isinstance(error, DeviceMissing)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
@@ -292,7 +297,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        command = [sys.executable, "-m", "benchmarks.latency", "--worker"]
+        command = child.command("benchmarks.latency", "--worker")
         env = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=env
@@ -309,7 +314,7 @@ class Worker:
             raise BenchError(f"{self.name}: its process died ({self._ending()})")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise BenchError(answer["error"])
+            raise (NoDevice if answer["no_device"] else BenchError)(answer["error"])
         return answer
 
     def load(self) -> dict[str, Any]:

@@ -126,9 +126,12 @@ def notes(value: Mapping[str, Any]) -> list[str]:
 
 
 def reasons(value: Mapping[str, Any]) -> list[str]:
-    """Why rows are missing."""
-    missing = [row for row in value["rows"] if row["status"] != "ok"]
-    return [f"{row['name']} {row['status']}: {' '.join(str(row['reason']).split())}" for row in missing]
+    """Why rows are missing; rows of one reason together."""
+    names: dict[str, list[str]] = {}
+    for row in value["rows"]:
+        if row["status"] != "ok":
+            names.setdefault(f"{row['status']}: {' '.join(str(row['reason']).split())}", []).append(row["name"])
+    return [f"{', '.join(found)} {why}" for why, found in names.items()]
 
 
 def device(environment: Mapping[str, Any]) -> str:
@@ -179,7 +182,9 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
     if "comparisons" in value:
         return f"{paired.table(value['comparisons'], value['against'])}\n{paired.NOTE}\n"
     if "rows" in value:
-        return summary_markdown(value)
+        return "\n".join(
+            [summary_markdown(value), " ".join(notes(value)), *(f"\n{why}." for why in reasons(value)), ""]
+        )
     raise TableError(
         f"{what}: no summary, nor found by benchmarks.overhead, .distillation, .ppt, .questions or .paired"
     )
@@ -306,7 +311,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def act() -> None:
         if arguments.summary:
-            value = json.loads(arguments.summary.read_text(encoding="utf-8"))
+            try:
+                value = json.loads(arguments.summary.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise TableError(f"{arguments.summary}: not readable as JSON ({error}); make it again") from error
             console.width = max(console.width, LEAST_WIDTH)
             console.print(summary_table(value))
             for note in (*notes(value), *reasons(value)):

@@ -362,6 +362,9 @@ def run(job: Job) -> None:
 
 
 if __name__ == "__main__":
-    from toolchain.stage import main
+    if sys.argv[1:] == ["--device"]:
+        print(device_capability() or "")
+    else:
+        from toolchain.stage import main
 
-    main(run)
+        main(run)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -27,6 +27,7 @@ from toolchain.stage import Job, console, main, progress
 from toolchain.tasks import Split, as_fed, load_data, load_task
 
 BATCH = 64
+NAMED = 6  # nodes that are told by name
 # Of int8-trt, whose scales are half: below this, half's spacing would be coarser than int8's own rounding.
 LEAST_SCALE = 1e-5
 # What ONNX Runtime's CPU kernels gain from; softmax, sigmoid and normalisations would lose more than they gain.
@@ -264,6 +265,19 @@ def _compute_names(model: Any) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type in COMPUTE]
 
 
+def converted(compute: int, stayed: Sequence[str], calibration: Mapping[str, Any] | None) -> str:
+    """In words: how many of the ``compute`` nodes, which ``stayed`` float32, and on how many samples."""
+    text = f"{compute - len(stayed)} of {compute} compute nodes converted"
+    if calibration and calibration["samples"]:
+        text += f", calibrated on {calibration['samples']} training samples ({calibration['method']})"
+    elif calibration:
+        text += ", activations scaled in every call, without calibration"
+    if stayed:
+        more = f" and {len(stayed) - NAMED} more" if len(stayed) > NAMED else ""
+        text += f"; float32 stayed {', '.join(stayed[:NAMED])}{more}"
+    return text
+
+
 def run(job: Job) -> None:
     """Make the graph of ``job.config["precision"]`` from the fp32 one, gate it, and write the artifact."""
     import onnx
@@ -310,6 +324,7 @@ def run(job: Job) -> None:
             "precision": precision,
             "opset": opset_of(made),
             "float_nodes": stayed,
+            "converted": converted(compute, stayed, extra.get("calibration")),
             "verify": report.as_dict(),
         }
         draft.metrics = {
@@ -319,7 +334,7 @@ def run(job: Job) -> None:
         }
         draft.versions = artifact.versions("onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
     console.print(
-        f"    {precision}: {compute - len(stayed)} of {compute} compute nodes converted; "
+        f"    {precision}: {draft.extra['converted']}; "
         f"{report.metric} {report.metric_candidate:.4g} (fp32 {report.metric_reference:.4g}), "
         f"agreement {report.agreement:.4f} on {report.samples} samples",
         markup=False,

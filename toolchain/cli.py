@@ -29,6 +29,10 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check config, data, tea
 DataFolder = Annotated[Path | None, typer.Option("--data", help="Data artifact; default: beside the given folder.")]
 
 
+def _set(example: str) -> Any:
+    return typer.Option("--set", metavar="KEY=VALUE", help=f"A setting, such as {example}.", show_default=False)
+
+
 def _do(action: Callable[[], None], debug: bool = False) -> None:
     from toolchain.stage import guard
 
@@ -87,6 +91,7 @@ def distill(
 def export(
     student: Annotated[Path, typer.Argument(metavar="STUDENT_DIR", help="Student folder.", show_default=False)],
     precision: Annotated[str, typer.Option("--precision", help="fp32, fp16, int8-cpu or int8-trt.")] = "fp32",
+    overrides: Annotated[list[str] | None, _set("export.parity.samples=256")] = None,
     out: Out = None,
     data: DataFolder = None,
     json: Json = False,
@@ -97,7 +102,7 @@ def export(
     def action() -> None:
         from toolchain import commands
 
-        folder = commands.export(student, precision, out, data)
+        folder = commands.export(student, precision, overrides or [], out, data)
         if json:
             _print_json(commands.describe(folder))
 
@@ -107,8 +112,21 @@ def export(
 @app.command(name="compile")
 def compile_(
     onnx: Annotated[Path, typer.Argument(metavar="ONNX_DIR", help="ONNX folder.", show_default=False)],
-    target: Annotated[str | None, typer.Option("--target", help="Compute capabilities: sm_86,sm_89.")] = None,
-    backend: Annotated[str, typer.Option("--backend", help="auto, tensorrt or tensorrt-rtx.")] = "auto",
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            help="Compute capabilities: sm_86,sm_89. Default: the run's; outside a run the GPU's here, else sm_86.",
+            show_default=False,
+        ),
+    ] = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend", help="auto, tensorrt or tensorrt-rtx. Default: the run's, else auto.", show_default=False
+        ),
+    ] = None,
+    overrides: Annotated[list[str] | None, _set("compile.batch.max=16")] = None,
     out: Out = None,
     json: Json = False,
     debug: Debug = False,
@@ -118,7 +136,7 @@ def compile_(
     def action() -> None:
         from toolchain import commands
 
-        folders = commands.compile(onnx, target, backend, out)
+        folders = commands.compile(onnx, target, backend, overrides or [], out)
         if json:
             _print_json([commands.describe(folder) for folder in folders])
 
@@ -128,9 +146,7 @@ def compile_(
 @app.command()
 def bench(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Artifact folders.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="A bench setting, such as bench.threads=1.", show_default=False)
-    ] = None,
+    overrides: Annotated[list[str] | None, _set("bench.threads=1")] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder to write to.")] = Path("bench"),
     data: DataFolder = None,
     json: Json = False,
@@ -144,7 +160,7 @@ def bench(
         result = commands.bench_result(commands.bench(folders, overrides or [], out, data, show=not json))
         if json:
             _print_json(result)
-        if any(row["status"] != "ok" for row in result["rows"]):
+        if commands.failures(result["rows"]):
             raise typer.Exit(commands.INCOMPLETE)
 
     _do(action, debug)

@@ -15,21 +15,12 @@ from typing import Any, get_args
 from rich.markup import escape
 from rich.table import Table
 
-from toolchain import artifact, pipeline
+from toolchain import artifact, child, pipeline
 from toolchain.artifact import EdgestillError, Manifest, UsageError
-from toolchain.config import (
-    BenchSection,
-    CompileSection,
-    Config,
-    ExportSection,
-    Precision,
-    allowed,
-    apply_overrides,
-    validate,
-    validate_section,
-)
+from toolchain.config import Config, Precision, allowed, apply_overrides, validate, validate_section
 from toolchain.config import load as load_config
 from toolchain.pipeline import Pipeline, human_bytes, lock, perform, resumable
+from toolchain.section import Section
 from toolchain.stage import Job, console
 from toolchain.tasks import load_task
 
@@ -61,15 +52,18 @@ def run(
         console.print(f"next: edgestill export {folder}", markup=False)
         return outcome.as_dict() | {"student": describe(folder)}
     publish(root)
-    rows = bench_result(root / "bench")["rows"]
-    outcome.failed.update({row["name"]: row["reason"] for row in rows if row["status"] == "failed"})
+    measured = failures(bench_result(root / "bench")["rows"])
+    old = measured.keys() - outcome.failed.keys() if "bench" in outcome.reused else ()
+    outcome.failed.update(measured)
     result = outcome.as_dict() | {"report": str(root / "report.html"), "summary": _read_json(root / "summary.json")}
     if show:
         show_summary(root)
-        if not outcome.made:
+        if not outcome.made and not outcome.failed:
             console.print("already complete: every stage was reused")
     for name, reason in outcome.failed.items():
-        console.print(f"{name}: not made: {reason}", style="yellow", markup=False)
+        console.print(f"{name}: {reason}", style="yellow", markup=False)
+    if old:
+        console.print(f"measured by an earlier run; to measure again, remove {root / 'bench'}", markup=False)
     return result
 
 
@@ -83,12 +77,17 @@ def publish(root: Path) -> None:
 
 
 def show_summary(root: Path) -> None:
-    """The table is drawn by the benchmarks package, in its own process: the core imports neither of the others."""
-    subprocess.run([sys.executable, "-m", "benchmarks.tables", "--summary", str(root / "summary.json")], check=True)
+    _show_table(root / "summary.json")
     console.print(f"report: {root / 'report.html'}", markup=False, style="bold")
     best = _read_json(root / "summary.json").get("recommended")
     if best:
         console.print(f"next:   ship {root / best['name']}", markup=False)
+
+
+def _show_table(path: Path) -> None:
+    """The table is drawn by the benchmarks package, in its own process: the core imports neither of the others."""
+    if code := subprocess.run(child.command("benchmarks.tables", "--summary", str(path)), check=False).returncode:
+        raise EdgestillError(f"{path}: its table could not be shown (benchmarks.tables ended with exit code {code})")
 
 
 def _dry_run(work: Pipeline) -> dict[str, Any]:
@@ -98,9 +97,7 @@ def _dry_run(work: Pipeline) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "dry.json"
         path.write_text(json.dumps(work.cfg.model_dump(mode="json")), encoding="utf-8")
-        reply = subprocess.run(
-            [sys.executable, "-m", "toolchain.dryrun", str(path)], stdout=subprocess.PIPE, check=False
-        )
+        reply = subprocess.run(child.command("toolchain.dryrun", str(path)), stdout=subprocess.PIPE, check=False)
     if reply.returncode:
         raise EdgestillError("the dry run failed; nothing was trained")
     checked = json.loads(reply.stdout)
@@ -115,7 +112,7 @@ def _dry_run(work: Pipeline) -> dict[str, Any]:
     return {"stages": states, "checked": checked}
 
 
-def export(student: Path, precision: str, out: Path | None, data: Path | None) -> Path:
+def export(student: Path, precision: str, overrides: Sequence[str], out: Path | None, data: Path | None) -> Path:
     """Make ``onnx`` (and from it ``onnx-<precision>``) beside the student, or at ``out``."""
     if precision not in get_args(Precision):
         raise UsageError(f"--precision {precision}: {allowed(precision, get_args(Precision))}")
@@ -123,8 +120,9 @@ def export(student: Path, precision: str, out: Path | None, data: Path | None) -
     if manifest.stage not in ("student", "teacher"):
         raise UsageError(f"{student}: expected a student folder, found a folder of stage {manifest.stage}")
     data = _beside(student, data, "data")
-    settings = _settings(student.parent, "export", ExportSection)
     task = manifest.config["task"]
+    _refuse_precisions("export", overrides, "give --precision")
+    settings = _settings(student.parent, "export", task, overrides)
     base = "onnx-teacher" if manifest.stage == "teacher" else "onnx"
     fp32 = student.parent / base if precision != "fp32" or out is None else out
     exact = {key: settings[key] for key in ("opset", "parity")}
@@ -136,22 +134,33 @@ def export(student: Path, precision: str, out: Path | None, data: Path | None) -
         rest = {key: value for key, value in settings.items() if key != "precisions"}
         config = {"task": task, "precision": precision, "export": rest}
         _make("export.precision", Job(folder.name, folder, config, {"onnx": fp32, "data": data}))
-    console.print(f"next: edgestill compile {folder}\n  or: edgestill bench {folder}", markup=False)
+    bench = f"edgestill bench {folder}"
+    console.print(
+        f"next: {bench}" if precision == "int8-cpu" else f"next: edgestill compile {folder}\n  or: {bench}",
+        markup=False,
+    )
     return folder
 
 
-def compile(onnx: Path, target: str | None, backend: str, out: Path | None) -> list[Path]:
+def compile(
+    onnx: Path, target: str | None, backend: str | None, overrides: Sequence[str], out: Path | None
+) -> list[Path]:
     """Build an engine per target beside the ONNX folder, or under ``out``."""
     manifest = artifact.read(onnx)
     if "model.onnx" not in manifest.files:
         raise UsageError(f"{onnx}: expected an ONNX folder, found a folder of stage {manifest.stage}")
-    settings = dict(_settings(onnx.parent, "compile", CompileSection))
-    settings["backend"] = backend
+    _refuse_precisions("compile", overrides, "it is the ONNX folder's")
+    root = onnx.resolve().parent
+    chosen = any(override.partition("=")[0].removeprefix("compile.") == "targets" for override in overrides)
+    if target is None and not chosen and not (root / "config.json").is_file():
+        target = _capability_here()
     if target is not None:
-        settings["targets"] = [name.strip() for name in target.split(",")]
-    settings = validate_section(CompileSection, settings, "compile").model_dump(mode="json")
+        overrides = [*overrides, f"targets={json.dumps([name.strip() for name in target.split(',')])}"]
+    if backend is not None:
+        overrides = [*overrides, f"backend={backend}"]
+    settings = _settings(root, "compile", _task_of(manifest), overrides)
     if settings["backend"] == "none":
-        raise UsageError("--backend none: nothing to do; allowed: auto, tensorrt, tensorrt-rtx")
+        raise UsageError("compile.backend none: nothing to do; give --backend auto, tensorrt or tensorrt-rtx")
     targets = settings.pop("targets")
     settings.pop("precisions")
     precision = manifest.extra["precision"]
@@ -171,7 +180,7 @@ def bench(folders: Sequence[Path], overrides: Sequence[str], out: Path, data: Pa
     task = None
     for folder in folders:
         manifest = artifact.read(folder)
-        task = task or manifest.config.get("task") or manifest.extra.get("task")
+        task = task or _task_of(manifest)
         role = folder.resolve().name
         if role in inputs:
             role = f"{folder.resolve().parent.name}-{role}"
@@ -181,14 +190,17 @@ def bench(folders: Sequence[Path], overrides: Sequence[str], out: Path, data: Pa
         inputs["data"] = beside
     else:
         console.print("no data artifact at hand (--data DIR): latency only, no accuracy", style="yellow")
-    settings = {"bench": _settings(folders[0].resolve().parent, "bench", BenchSection)}
-    apply_overrides(settings, [o if o.startswith("bench.") else f"bench.{o}" for o in overrides])
-    section = validate_section(BenchSection, settings["bench"], "bench").model_dump(mode="json")
-    job = Job(out.name, out, {"task": task, "bench": section, "failed": {}}, inputs)
+    settings = _settings(folders[0].resolve().parent, "bench", task, overrides)
+    job = Job(out.name, out, {"task": task, "bench": settings, "failed": {}}, inputs)
     perform("benchmarks.bench", job)
     if show:
-        subprocess.run([sys.executable, "-m", "benchmarks.tables", "--summary", str(out / "bench.json")], check=True)
+        _show_table(out / "bench.json")
     return out
+
+
+def failures(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Why rows of a bench have no numbers; a model whose device is not here (``not run``) is no failure."""
+    return {row["name"]: row["reason"] for row in rows if row["status"] not in ("ok", "not run")}
 
 
 def bench_result(folder: Path) -> Any:
@@ -329,12 +341,39 @@ def _run_config(root: Path) -> Config | None:
     return validate(_read_json(path), source=str(path))
 
 
-def _settings(root: Path, key: str, section: type[Any]) -> dict[str, Any]:
-    """A section of the run's config, or its defaults outside a run."""
+def _task_of(manifest: Manifest) -> str | None:
+    return manifest.config.get("task") or manifest.extra.get("task")
+
+
+def _refuse_precisions(key: str, overrides: Sequence[str], remedy: str) -> None:
+    if found := [o for o in overrides if o.partition("=")[0].removeprefix(f"{key}.") == "precisions"]:
+        raise UsageError(f"--set {found[0]}: one precision is made here; {remedy}")
+
+
+def _settings(root: Path, key: str, task: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """A section of the run's config, or outside a run what ``task`` has for it by default; then ``overrides``."""
     cfg = _run_config(root)
-    value = getattr(cfg, key) if cfg is not None else section()
-    settings: dict[str, Any] = value.model_dump(mode="json")
-    return settings
+    section = Config.model_fields[key].annotation
+    assert isinstance(section, type)
+    assert issubclass(section, Section)
+    found = getattr(cfg, key) if cfg is not None else validate_section(section, _defaults(task).get(key, {}), key)
+    settings = {key: found.model_dump(mode="json")}
+    apply_overrides(settings, [o if o.startswith(f"{key}.") else f"{key}.{o}" for o in overrides])
+    return validate_section(section, settings[key], key).model_dump(mode="json")
+
+
+def _defaults(task: str | None) -> Mapping[str, Any]:
+    try:
+        return getattr(load_task(task), "DEFAULTS", {}) if task else {}
+    except EdgestillError as error:  # a person's own task, which a device that compiles may lack
+        console.print(f"{error}; its defaults do not count here, set them with --set", style="yellow", markup=False)
+        return {}
+
+
+def _capability_here() -> str | None:
+    """Of the first GPU, asked for in a process: no CUDA in this one."""
+    reply = subprocess.run(child.command("export.engine", "--device"), stdout=subprocess.PIPE, text=True, check=False)
+    return reply.stdout.strip() or None
 
 
 def _read_json(path: Path) -> Any:

@@ -185,7 +185,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
-    """A YAML mapping and the line of each key."""
+    """A YAML mapping and the line of each key. Raises ConfigError, for a key given twice too."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -199,27 +199,39 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = yaml.safe_load(text)
+        lines: dict[tuple[Any, ...], int] = {}
+        twice = _collect_lines(node, (), lines)
     except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path}: not valid YAML: {problem}") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a mapping of keys, found {_kind(value)}")
-    lines: dict[tuple[Any, ...], int] = {}
-    _collect_lines(node, (), lines)
+    if twice:
+        faults = [(where, f"is on line {first} too; remove one") for where, first, _ in twice]
+        raise told(faults, source=str(path), lines={where: second for where, _, second in twice})
     return value, lines
 
 
-def _collect_lines(node: Any, where: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> None:
+def _collect_lines(
+    node: Any, where: tuple[Any, ...], lines: dict[tuple[Any, ...], int]
+) -> list[tuple[tuple[Any, ...], int, int]]:
+    """Fill ``lines``; returns the keys that are given twice, with both lines."""
+    twice = []
     if isinstance(node, yaml.MappingNode):
         for key, child in node.value:
-            here = (*where, getattr(key, "value", None))
-            if isinstance(here[-1], str) and here not in lines:
-                lines[here] = key.start_mark.line + 1
-                _collect_lines(child, here, lines)
+            here, line = (*where, getattr(key, "value", None)), key.start_mark.line + 1
+            if not isinstance(here[-1], str):
+                continue
+            if here in lines:
+                twice.append((here, lines[here], line))
+            else:
+                lines[here] = line
+                twice += _collect_lines(child, here, lines)
     elif isinstance(node, yaml.SequenceNode):
         for index, child in enumerate(node.value):
             lines[(*where, index)] = child.start_mark.line + 1
-            _collect_lines(child, (*where, index), lines)
+            twice += _collect_lines(child, (*where, index), lines)
+    return twice
 
 
 def apply_overrides(value: dict[str, Any], overrides: Sequence[str]) -> set[tuple[Any, ...]]:
@@ -302,7 +314,7 @@ def validate(
             if name not in made
         )
     if faults or config is None:
-        raise ConfigError("\n".join(_render(fault, source, lines or {}, overridden or set()) for fault in faults))
+        raise told(faults, source, lines, overridden)
     assert isinstance(config, Config)
     return config
 
@@ -322,12 +334,18 @@ def _below(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, A
 S = TypeVar("S", bound=BaseModel)
 
 
-def validate_section(model: type[S], value: Mapping[str, Any], source: str | None = None) -> S:
+def validate_section(
+    model: type[S],
+    value: Mapping[str, Any],
+    source: str | None = None,
+    lines: Mapping[tuple[Any, ...], int] | None = None,
+    overridden: set[tuple[Any, ...]] | None = None,
+) -> S:
     """One section on its own, as a stage reads it from its job. Raises ConfigError; its lines start with ``source``."""
     faults: list[Fault] = []
     section = _section(model, dict(value), (), faults)
     if section is None:
-        raise ConfigError("\n".join(_render(fault, source or model.__name__, {}, set()) for fault in faults))
+        raise told(faults, source or model.__name__, lines, overridden)
     assert isinstance(section, model)
     return section
 
@@ -456,6 +474,16 @@ def allowed(found: str, names: Sequence[str]) -> str:
 def _kind(value: Any) -> str:
     kinds = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", type(None): "nothing"}
     return kinds.get(type(value), f"a {type(value).__name__}")
+
+
+def told(
+    faults: Sequence[Fault],
+    source: str,
+    lines: Mapping[tuple[Any, ...], int] | None = None,
+    overridden: set[tuple[Any, ...]] | None = None,
+) -> ConfigError:
+    """The error to raise for ``faults``: a line for each, with its place in ``source``."""
+    return ConfigError("\n".join(_render(fault, source, lines or {}, overridden or set()) for fault in faults))
 
 
 def _render(fault: Fault, source: str, lines: Mapping[tuple[Any, ...], int], overridden: set[tuple[Any, ...]]) -> str:

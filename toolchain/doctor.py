@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+from toolchain import child
 from toolchain.artifact import EdgestillError
 from toolchain.onnx_runtime import provider_problem
 from toolchain.runtime import PROVIDERS, first_line, import_or_explain
@@ -81,11 +81,9 @@ def _version(distribution: str) -> str | None:
 def _in_process(probe: str) -> list[Check]:
     """The checks of ``probe`` ("group:name"), made by this module in a new Python."""
     group, name = probe.split(":")
-    command = [sys.executable, "-m", "toolchain.doctor", probe]
+    command = child.command("toolchain.doctor", probe)
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT, cwd=Path(__file__).parents[1], check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
         return [Check(name, group, False, f"no answer within {TIMEOUT:.0f} s", "run it again; reinstall the package")]
     try:

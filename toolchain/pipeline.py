@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolchain import artifact
+from toolchain import artifact, child
 from toolchain.artifact import ArtifactError, EdgestillError
 from toolchain.config import Config
 from toolchain.stage import INTERRUPTED, STOPS, Job, console
@@ -220,8 +220,7 @@ def perform(module: str, job: Job) -> None:
     error_path.unlink(missing_ok=True)
     start = time.perf_counter()
     command = _command(module, job, path)
-    child = subprocess.Popen(command, env=_environment(module), preexec_fn=_as_stage)
-    code = _wait(child)
+    code = _wait(subprocess.Popen(command, env=_environment(module), preexec_fn=_as_stage))
     if code == INTERRUPTED or code == -signal.SIGINT:
         raise KeyboardInterrupt
     if code != 0:
@@ -253,10 +252,10 @@ def _command(module: str, job: Job, path: Path) -> list[str]:
     """The stage's process; a training with ``train.processes`` above 1 is started through accelerate."""
     processes = job.config.get("train", {}).get("processes", 1)
     if processes == 1:
-        return [sys.executable, "-m", module, str(path)]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        return child.command(module, str(path))
+    launch = child.command("accelerate.commands.launch", "--num_processes", str(processes))
     settings = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [*launch, *settings, *_devices(processes), "--module", module, str(path)]
+    return [*launch, *settings, *_devices(processes), child.__file__, module, str(path)]
 
 
 def _devices(processes: int) -> list[str]:
@@ -268,17 +267,17 @@ def _devices(processes: int) -> list[str]:
     return ["--multi_gpu"] if count else ["--cpu"]
 
 
-def _wait(child: subprocess.Popen[bytes]) -> int:
+def _wait(process: subprocess.Popen[bytes]) -> int:
     try:
-        return child.wait()
+        return process.wait()
     except KeyboardInterrupt as stop:
         if isinstance(stop, Terminated):
-            child.terminate()
+            process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
-            child.wait(timeout=30)
-        if child.poll() is None:
-            child.kill()
-            child.wait()
+            process.wait(timeout=30)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
         raise
 
 

@@ -33,6 +33,10 @@ class RuntimeLoadError(EdgestillError):
     """The artifact cannot run here as asked: package, provider, device, or the model file itself."""
 
 
+class DeviceMissing(RuntimeLoadError):
+    """The artifact is for another device than those of this machine."""
+
+
 class RuntimeInputError(EdgestillError):
     """The feeds are not what the model's ports say."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, field_validator
 from pydantic_core.core_schema import ValidationInfo
@@ -16,6 +17,20 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
-            raise ValueError("expected a number")
+        kinds = list(_kinds(cls.model_fields[str(info.field_name)].annotation))
+        if (int in kinds or float in kinds) and bool not in kinds and Any not in kinds and _holds_bool(value):
+            raise ValueError("expected a number, not true or false")
         return value
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types inside ``tuple[Annotated[int, ...], ...] | None``."""
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _kinds(argument)
+
+
+def _holds_bool(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, bool) or (isinstance(value, (list, tuple)) and any(map(_holds_bool, value)))

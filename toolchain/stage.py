@@ -1,4 +1,4 @@
-"""A stage is a process: ``python -m <module> JOB.json`` reads folders and writes one artifact."""
+"""A stage is a process: as its JOB.json says, it reads folders and writes one artifact."""
 
 from __future__ import annotations
 

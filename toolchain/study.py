@@ -17,11 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from toolchain import artifact
 from toolchain.artifact import EdgestillError, digest
-from toolchain.config import Config, ConfigError, allowed, apply_overrides, read_yaml, validate, validate_section
+from toolchain.config import (
+    Config,
+    ConfigError,
+    Fault,
+    allowed,
+    apply_overrides,
+    load,
+    read_yaml,
+    told,
+    validate,
+    validate_section,
+)
 from toolchain.pipeline import Pipeline, StageError, lock, perform, plan, resumable
 from toolchain.section import Section
 from toolchain.stage import Job, console, main
@@ -51,17 +62,18 @@ class StudySection(Section):
     only: dict[str, Annotated[list[str], Field(min_length=1)]] = Field(default_factory=dict)
     tuned: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
 
-    @model_validator(mode="after")
-    def _sound(self) -> StudySection:
-        named = [("only", method, datasets) for method, datasets in self.only.items()]
-        named += [("tuned", method, [dataset]) for dataset, methods in self.tuned.items() for method in methods]
-        for key, method, datasets in named:
-            if method not in self.methods:
-                raise ValueError(f"{key}: no method {method!r}; {allowed(method, list(self.methods))}")
-            for dataset in datasets:
-                if dataset not in self.datasets:
-                    raise ValueError(f"{key}.{method}: no dataset {dataset!r}; {allowed(dataset, list(self.datasets))}")
-        return self
+    def unknown(self) -> list[Fault]:
+        """Methods and datasets of ``only`` and ``tuned`` that the study has not."""
+        methods: list[tuple[str, ...]] = [("only", method) for method in self.only]
+        methods += [("tuned", dataset, method) for dataset, changes in self.tuned.items() for method in changes]
+        datasets: list[tuple[str, ...]] = [("tuned", dataset) for dataset in self.tuned]
+        datasets += [("only", method, name) for method, names in self.only.items() for name in names]
+        return [
+            (where, f"no {kind} {where[-1]!r}; {allowed(where[-1], list(known))}")
+            for kind, known, wheres in (("method", self.methods, methods), ("dataset", self.datasets, datasets))
+            for where in wheres
+            if where[-1] not in known
+        ]
 
     def runs(self, method: str, dataset: str) -> bool:
         """Whether ``method`` runs on ``dataset``."""
@@ -89,14 +101,15 @@ class Row:
 
 def rows(path: Path, overrides: Sequence[str] = ()) -> tuple[StudySection, list[Row]]:
     """Every run of a study, validated. Overrides apply to each run's config, or to ``seeds``. Raises ConfigError."""
-    value, _ = read_yaml(path)
+    value, lines = read_yaml(path)
     own = [override for override in overrides if override.partition("=")[0] in StudySection.model_fields]
-    apply_overrides(value, own)
-    try:
-        study = validate_section(StudySection, value)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {str(error).replace('StudySection: ', '')}") from error
-    base, _ = read_yaml((path.parent / study.config).resolve())
+    overridden = apply_overrides(value, own)
+    study = validate_section(StudySection, value, str(path), lines, overridden)
+    if faults := study.unknown():
+        raise told(faults, str(path), lines, overridden)
+    base_path = path.parent / study.config
+    load(base_path)
+    base, _ = read_yaml(base_path)
     found = []
     order = itertools.product(study.datasets.items(), study.seeds, study.methods.items())
     for (dataset, data_changes), seed, (method, method_changes) in order:
@@ -107,9 +120,25 @@ def rows(path: Path, overrides: Sequence[str] = ()) -> tuple[StudySection, list[
         for changes in (study.common, data_changes, method_changes, own_changes):
             _merge(config, changes)
         config |= {"name": study.study, "seed": seed}
-        apply_overrides(config, [override for override in overrides if override not in own])
-        found.append(Row(dataset, method, seed, validate(config, source=f"{path}: {dataset}, {method}")))
+        overridden = apply_overrides(config, [override for override in overrides if override not in own])
+        changed = _lines_of(lines, ("common",), ("datasets", dataset), ("methods", method), ("tuned", dataset, method))
+        try:
+            checked = validate(config, source=str(path), lines=changed, overridden=overridden)
+        except ConfigError as error:
+            raise ConfigError(f"{error}\n(in the run of {method} on {dataset})") from error
+        found.append(Row(dataset, method, seed, checked))
     return study, found
+
+
+def _lines_of(lines: Mapping[tuple[Any, ...], int], *sections: tuple[Any, ...]) -> dict[tuple[Any, ...], int]:
+    """The lines of a run's keys that a study's ``sections`` change, later ones before earlier ones."""
+    found = {}
+    for section in sections:
+        for where, line in lines.items():
+            if where[: len(section)] == section and len(where) > len(section):
+                first, *rest = where[len(section) :]
+                found[(*first.split("."), *rest)] = line
+    return found
 
 
 def _merge(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
@@ -168,7 +197,8 @@ def run(path: Path, overrides: Sequence[str], out: Path, work: Path, *, dry_run:
     for folder in (out, root):
         folder.mkdir(parents=True, exist_ok=True)
     failures = []
-    with resumable(["edgestill", "study", str(path), *overrides]), lock(root):
+    command = ["edgestill", "study", str(path), *overrides, "--out", str(out), "--work", str(work)]
+    with resumable(command), lock(root):
         for shared, group in _groups(_left(planned, results), root):
             try:
                 _shared(shared, group[0].config)
@@ -181,7 +211,7 @@ def run(path: Path, overrides: Sequence[str], out: Path, work: Path, *, dry_run:
     if failures:
         still = len(_left(planned, results))
         raise EdgestillError(f"{study.study}: {still} of {len(planned)} runs are not done:\n" + "\n".join(failures))
-    console.print(f"results: {results}\nnext:    python -m benchmarks.tables README.md", markup=False)
+    console.print(f"results: {results}\nnext:    python -m benchmarks.tables --results {out} README.md", markup=False)
     return result | {"left": 0}
 
 

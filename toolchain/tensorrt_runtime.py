@@ -16,6 +16,7 @@ import numpy as np
 from toolchain.artifact import EdgestillError, Manifest, Port
 from toolchain.runtime import (
     REMAKE,
+    DeviceMissing,
     Feeds,
     Outputs,
     Runtime,
@@ -41,7 +42,7 @@ class Cuda:
         self.api = import_or_explain("cuda.bindings.runtime", extra)
         error, count = self.api.cudaGetDeviceCount()
         if int(error) or not count:
-            raise RuntimeLoadError(
+            raise DeviceMissing(
                 f"no CUDA device here ({error.name}); an engine needs an NVIDIA GPU and driver: check nvidia-smi, or "
                 "load the onnx folder instead"
             )
@@ -64,23 +65,28 @@ def this_platform() -> str:
     return f"{sys.platform}-{platform.machine()}".lower()
 
 
+def check_platform(folder: Path, manifest: Manifest) -> None:
+    """Raise DeviceMissing unless the engine was built for this machine's platform."""
+    if (built := manifest.extra["platform"]) != this_platform():
+        raise DeviceMissing(f"{folder}: engine built for {built}; here it is {this_platform()}; {_rebuild(manifest)}")
+
+
 def check_backend(folder: Path, manifest: Manifest, version: str) -> None:
-    """Raise RuntimeLoadError unless this machine's platform and TensorRT ``version`` (major.minor) fit the engine."""
+    """Raise RuntimeLoadError unless TensorRT ``version`` (major.minor) fits the engine."""
     title = BACKENDS[manifest.extra["backend"]][1]
     built, here = (".".join(v.split(".")[:2]) for v in (manifest.extra["backend_version"], version))
-    if (manifest.extra["platform"], built) != (this_platform(), here):
+    if built != here:
         raise RuntimeLoadError(
-            f"{folder}: engine built for {manifest.extra['platform']} / {title} {built}; "
-            f"here it is {this_platform()} / {title} {here}; {_rebuild(manifest)}"
+            f"{folder}: engine built for {title} {built}; here it is {title} {here}; {_rebuild(manifest)}"
         )
 
 
 def check_device(folder: Path, manifest: Manifest, capability: str, name: str) -> None:
-    """Raise RuntimeLoadError unless the engine was built for the device's compute ``capability``."""
+    """Raise DeviceMissing unless the engine was built for the device's compute ``capability``."""
     built = manifest.extra["compute_capabilities"]
     if capability not in built:
         title = BACKENDS[manifest.extra["backend"]][1]
-        raise RuntimeLoadError(
+        raise DeviceMissing(
             f"{folder}: engine built for {', '.join(built)} / {title} {manifest.extra['backend_version']}; "
             f"this device is {capability} ({name}); {_rebuild(manifest, capability)}"
         )
@@ -106,6 +112,7 @@ class TensorRT(Runtime):
         if backend not in BACKENDS or not wanted <= set(manifest.extra):
             raise RuntimeLoadError(f"{folder}: its manifest does not say what the engine was built for{REMAKE}")
         module, self._title, extra = BACKENDS[backend]
+        check_platform(folder, manifest)
         trt = import_or_explain(module, extra)
         check_backend(folder, manifest, trt.__version__)
         self._cuda = Cuda(device, extra)

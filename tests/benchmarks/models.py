@@ -52,12 +52,12 @@ def write_onnx(
 
 
 def write_engine(folder: Path, source: Path) -> Path:
-    """An engine that no machine runs: its plan is not one."""
+    """An engine that no machine runs."""
     with artifact.create(folder, stage="engine", config={}, inputs={"onnx": source}) as draft:
         (draft.path / "model.engine").write_bytes(b"not a plan")
         draft.set_ports(INPUTS, OUTPUTS)
         draft.extra = {"precision": "fp16", "backend": "tensorrt-rtx", "backend_version": "1.0", "parameters": 12}
-        draft.extra |= {"compute_capabilities": ["sm_86"], "platform": "linux-x86_64"}
+        draft.extra |= {"compute_capabilities": ["sm_86"], "platform": "imaginary"}
     return folder
 
 

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import accuracy, bench
 from tests.benchmarks import tiny_task
 from tests.benchmarks.models import data_x, write_engine, write_onnx, write_run
-from toolchain import artifact
+from toolchain import artifact, commands
 from toolchain.artifact import EdgestillError
 from toolchain.stage import Job
 from toolchain.tasks import Split
@@ -95,7 +95,7 @@ def test_the_whole_chain_is_measured_and_what_cannot_run_says_why(tmp_path: Path
         assert row["load_ms"] > 0
 
     assert rows["engine-sm_86-fp16"]["status"] == "not run"
-    assert rows["engine-sm_86-fp16"]["reason"]
+    assert "engine built for imaginary" in rows["engine-sm_86-fp16"]["reason"]
     assert (
         rows["engine-sm_86-int8-trt"] | {"status": "not made", "reason": "no builder here"}
         == rows["engine-sm_86-int8-trt"]
@@ -116,6 +116,21 @@ def test_loose_folders_give_latency_alone(tmp_path: Path) -> None:
     assert [row["name"] for row in value["rows"]] == ["a", "b"]
     assert value["metric"] is None
     assert all(row["latency"]["1"]["p50"] and row["accuracy"] is None for row in value["rows"])
+
+
+def test_what_is_damaged_failed_and_what_has_no_device_was_not_run(tmp_path: Path) -> None:
+    config = write_run(tmp_path)["config"] | {"task": None, "failed": {}}
+    with artifact.create(tmp_path / "bad", stage="onnx", config={}) as draft:
+        (draft.path / "model.onnx").write_bytes(b"not a graph")
+    folders = {name: tmp_path / name for name in ("bad", "onnx", "engine-sm_86-fp16")}
+    bench.run(Job("bench", tmp_path / "bench", config, folders))
+    rows = json.loads((tmp_path / "bench" / "bench.json").read_text(encoding="utf-8"))["rows"]
+    assert {row["name"]: row["status"] for row in rows} == {
+        "bad": "failed",
+        "onnx": "ok",
+        "engine-sm_86-fp16": "not run",
+    }
+    assert commands.failures(rows).keys() == {"bad"}
 
 
 def test_nothing_to_measure_is_an_error(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import latency
-from benchmarks.latency import BenchError, Subject, Worker, measure, percentile, summarise, summarise_paced
+from benchmarks.latency import BenchError, NoDevice, Subject, Worker, measure, percentile, summarise, summarise_paced
 from tests.benchmarks.models import INPUTS, OUTPUTS, data_x, write_engine, write_onnx
 from toolchain.runtime import FakeRuntime
 from toolchain.tasks import Split
@@ -141,13 +141,14 @@ def test_two_workers_are_measured_side_by_side(tmp_path: Path) -> None:
 
 def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     onnx = write_onnx(tmp_path / "onnx", samples=False)
-    for folder, backend, words in (
-        (onnx, "onnxruntime", "no samples.npz"),
-        (write_engine(tmp_path / "engine", onnx), "tensorrt-rtx", "."),
+    for folder, backend, words, kind in (
+        (onnx, "onnxruntime", "no samples.npz", BenchError),
+        (write_engine(tmp_path / "engine", onnx), "tensorrt-rtx", "engine built for imaginary", NoDevice),
     ):
         worker = Worker("it", folder, backend)
-        with pytest.raises(BenchError, match=words):
+        with pytest.raises(BenchError, match=words) as caught:
             worker.load()
+        assert caught.type is kind
         worker.close()
 
 

@@ -32,7 +32,7 @@ ROWS = [
     row("student", "student", "fp32", 1.0, 96.0),
     row("onnx", "onnx", "fp32", 0.2, 96.0),
     row("onnx-fp16", "onnx", "fp16", 0.26, 96.0, bytes=2000),
-    row("onnx-int8-cpu", "onnx", "int8-cpu", 0.1, 93.0, bytes=1000),
+    row("onnx-int8-cpu", "onnx", "int8-cpu", 0.1, 93.0, bytes=1000, converted="3 of 4 compute nodes converted"),
     row("engine-sm_86-fp16", "engine", "fp16", 0.01, None, status="not run", reason="no GPU", latency={}),
 ]
 
@@ -76,6 +76,7 @@ def test_a_slower_precision_is_said_to_be_slower() -> None:
     assert not int8["slower"]
     assert "2.00× as fast" in int8["text"]
     assert "4.00× smaller" in int8["text"]
+    assert int8["text"].endswith("smaller. 3 of 4 compute nodes converted.")
 
 
 def test_the_headline_says_gain_and_loss() -> None:

@@ -88,6 +88,22 @@ def test_the_notes_say_what_is_compared_with_what(kinds: tuple[str, ...], name: 
     assert "agreement" not in tables.notes(value | {"metric": None})[0]
 
 
+def test_a_summary_in_a_document_says_how_it_was_measured_and_what_is_missing(tmp_path: Path) -> None:
+    common = {"precision": "fp16", "accuracy": None, "parameters": 12, "bytes": 90, "agreement": None}
+    latency = {"1": {"p50": {"ms": 2.0}, "noisy": True}}
+    missing = common | {"kind": "engine", "status": "not run", "reason": "no  GPU", "latency": {}}
+    rows = [common | {"name": "onnx", "kind": "onnx", "status": "ok", "reason": None, "latency": latency}]
+    rows += [missing | {"name": name} for name in ("a", "b")]
+    value = {"rows": rows, "metric": None, "settings": {"threads": 2}, "environment": {"cpu": {"model": "A CPU"}}}
+    (tmp_path / "demo.json").write_text(json.dumps(value))
+    lines = tables.render("<!-- results:demo -->\n<!-- /results -->", tmp_path, "a.md").splitlines()
+    assert lines[-5] == (
+        "Latency: batch 1, 2 threads, A CPU (? cores), numpy to numpy. Speed-up: against the first row. "
+        "~ noisy: medians of the rounds lie more than 5 % apart."
+    )
+    assert lines[-4:-1] == ["", "a, b not run: no GPU.", ""]
+
+
 def test_a_document_is_rendered_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path)
     document = tmp_path / "README.md"

@@ -324,6 +324,7 @@ def test_the_stage_writes_a_gated_artifact(
         assert manifest.extra["fp32_islands"] == []
     else:
         assert manifest.extra["calibration"] == {"samples": 32, "method": "minmax"}
+        assert manifest.extra["converted"].endswith("converted, calibrated on 32 training samples (minmax)")
 
 
 def test_dynamic_int8_says_what_stayed_float(
@@ -334,6 +335,15 @@ def test_dynamic_int8_says_what_stayed_float(
     extra = artifact.verify(work.out).extra
     assert extra["float_nodes"] == ["conv"]
     assert extra["calibration"] == {"samples": 0, "method": "dynamic"}
+    assert extra["converted"].endswith("without calibration; float32 stayed conv")
+
+
+def test_many_nodes_that_stayed_float_are_counted() -> None:
+    text = precision.converted(9, [f"n{i}" for i in range(8)], {"samples": 4, "method": "minmax"})
+    assert text == (
+        "1 of 9 compute nodes converted, calibrated on 4 training samples (minmax); "
+        "float32 stayed n0, n1, n2, n3, n4, n5 and 2 more"
+    )
 
 
 def test_an_impossible_limit_fails_and_leaves_nothing(

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from toolchain import commands
+from toolchain.artifact import EdgestillError
+
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
 
@@ -107,3 +110,14 @@ def test_a_dry_run_checks_data_taps_and_shapes(tmp_path: Path) -> None:
     assert reply.returncode != 0
     assert "blocks.77" in reply.stderr
     assert "Traceback" not in reply.stderr
+
+
+def test_a_table_that_cannot_be_drawn_is_an_error_without_a_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(EdgestillError, match=r"summary.json: its table could not be shown"):
+        commands.show_summary(tmp_path)
+    said = capfd.readouterr().err
+    assert "not readable as JSON" in said
+    assert "Traceback" not in said

@@ -72,7 +72,11 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
         ("compile.batch.max=4", "min <= opt <= max"),
         ("train=3", "expected a section"),
         ("name=../up", "name"),
-        ("seed=yes", "seed"),
+        ("seed=yes", "seed: expected a number, not true or false, found True"),
+        ("train.threads=true", "train.threads: expected a number"),
+        ("train.clip=true", "train.clip: expected a number"),
+        ("bench.batches=[true]", "bench.batches: expected a number"),
+        ("export.parity.limits.fp16.max_difference=yes", "export.parity.limits.fp16.max_difference: expected a number"),
         ("student.width", "expected key=value"),
         ("task.x.y=1", "not a section"),
         ("task=no_such_package.task", "cannot import"),
@@ -95,6 +99,16 @@ def test_a_collapsing_prockd_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "- a", "a: [", "a: 1\n\tb: 2", "3", "!!python/object:os.system {}", "\x00"])
 def test_what_is_not_a_mapping(tmp_path: Path, text: str) -> None:
     assert str(tmp_path / "mine.yaml") in fault(tmp_path, text)
+
+
+def test_a_key_given_twice_names_both_lines(tmp_path: Path) -> None:
+    text = "task: classification\ntrain:\n  epochs: 3\n  lr: 0.1\n  epochs: 4\ntrain: {}\n"
+    file = tmp_path / "mine.yaml"
+    assert fault(tmp_path, text).splitlines() == [
+        f"{file}:5: train.epochs: is on line 3 too; remove one",
+        f"{file}:6: train: is on line 2 too; remove one",
+    ]
+    assert "not valid YAML" in fault(tmp_path, "a: &a {b: *a}\n")
 
 
 def test_a_missing_file_suggests_its_neighbour() -> None:

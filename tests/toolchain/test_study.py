@@ -65,8 +65,32 @@ def test_every_run_is_a_whole_config(path: Path) -> None:
     assert (fitnet.method.name, fitnet.method.weight, fitnet.train.lr) == ("fitnet", 3, 0.001)
     assert (fitnet.train.epochs, fitnet.train.batch_size, fitnet.data.train_samples) == (2, 8, 100)
     assert len({row.sha256 for row in rows}) == 4
-    with pytest.raises(ConfigError, match=r"tiny.yaml: digits, plain: train.epoch: unknown key"):
+    with pytest.raises(ConfigError, match=r"^command line: train.epoch: unknown key[^\n]*\n.*plain on digits"):
         study.rows(path, ["train.epoch=8"])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("seeds: [0, 1]", "seed: [0, 1]", 5, "seed: unknown key; did you mean 'seeds'?"),
+        ("train.epochs: 2", "train.epoch: 2", 10, "train.epoch: unknown key; did you mean 'epochs'?"),
+        ("train.lr: 0.001", "train: {lr: -1}", 9, "train.lr: input should be greater than 0"),
+        ("weight: 3", "wieght: 3", 9, "method.wieght: unknown key; did you mean 'weight'?"),
+    ],
+)
+def test_a_fault_names_its_line_in_the_study(path: Path, old: str, new: str, line: int, words: str) -> None:
+    path.write_text(STUDY.replace(old, new))
+    with pytest.raises(ConfigError) as error:
+        study.rows(path)
+    assert f"{path}:{line}: {words}" in str(error.value)
+
+
+def test_a_fault_of_the_base_config_is_not_the_study_s(path: Path) -> None:
+    base = path.with_name("base.yaml")
+    base.write_text(DIGITS.read_text().replace("  width: 32", "  widht: 32"))
+    path.write_text(STUDY.replace(str(DIGITS), "base.yaml"))
+    with pytest.raises(ConfigError, match=rf"^{base}:\d+: student.widht: unknown key"):
+        study.rows(path)
 
 
 def test_a_method_may_run_on_some_datasets_only(path: Path) -> None:
@@ -87,18 +111,20 @@ def test_a_method_is_tuned_on_one_dataset(path: Path) -> None:
     assert all(config.train.lr != 0.5 for config in found.values())
     assert all(config.method.weight == 3 for (_, method), config in found.items() if method == "fitnet")
     path.write_text(f"{STUDY}tuned: {{digit: {{fitnet: {{}}}}}}\n")
-    with pytest.raises(ConfigError, match=r"tuned.fitnet: no dataset 'digit'; did you mean 'digits'\?"):
+    with pytest.raises(ConfigError, match=r"tiny.yaml:11: tuned.digit: no dataset 'digit'; did you mean 'digits'\?"):
         study.rows(path)
     path.write_text(f"{STUDY}tuned: {{digits: {{plane: {{}}}}}}\n")
-    with pytest.raises(ConfigError, match=r"tuned: no method 'plane'; did you mean 'plain'\?"):
+    with pytest.raises(
+        ConfigError, match=r"tiny.yaml:11: tuned.digits.plane: no method 'plane'; did you mean 'plain'\?"
+    ):
         study.rows(path)
 
 
 @pytest.mark.parametrize(
     ("only", "words"),
     [
-        ("{fitnat: [digits]}", r"only: no method 'fitnat'; did you mean 'fitnet'\? allowed: plain, fitnet"),
-        ("{fitnet: [digit-200]}", r"only.fitnet: no dataset 'digit-200'; did you mean 'digits-200'\?"),
+        ("{fitnat: [digits]}", r"only.fitnat: no method 'fitnat'; did you mean 'fitnet'\? allowed: plain, fitnet"),
+        ("{fitnet: [digit-200]}", r"only.fitnet.digit-200: no dataset 'digit-200'; did you mean 'digits-200'\?"),
         ("{fitnet: []}", "only"),
     ],
 )
@@ -215,3 +241,18 @@ def test_one_study_at_a_time(path: Path, trained: list[Job]) -> None:
     with lock(root), pytest.raises(EdgestillError, match="is running here"):
         go(path)
     assert not trained
+
+
+def test_what_to_do_next_names_the_folders(
+    path: Path, trained: list[Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(module: str, job: Job) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(study, "perform", interrupted)
+        go(path, "seeds=[0]")
+    folders = f"--out {path.parent / 'results'} --work {path.parent / 'work'}"
+    assert f"edgestill study {path} 'seeds=[0]' {folders}\n" in capsys.readouterr().err
+    go(path)
+    assert f"benchmarks.tables --results {path.parent / 'results'} README.md" in capsys.readouterr().err

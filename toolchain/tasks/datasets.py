@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,7 +85,16 @@ def assemble(source: Source, section: Any, height: int, width: int) -> Data:
         splits[name] = Split(arrays | {"label": labels[name]}, ("image",), meta)
     mean, std = _statistics(splits["train"].arrays["image"])
     info = meta | {"image_size": [height, width], "channels": channels, "mean": mean, "std": std}
-    return Data(splits, info | {"source": source.name, "note": source.note})
+    return Data(splits, info | {"source": source.name, "note": _note(source, pools, section)})
+
+
+def _note(source: Source, pools: Mapping[str, Pool], section: Any) -> str | None:
+    """The source's, and the shares of the training images that were drawn to test with, as no published figure is."""
+    if "test" in source.pools:
+        return source.note
+    shares = {"test": section.test_fraction, "val": section.val_fraction}
+    drawn = ", ".join(f"{n} {len(pools[n]):,} ({100 * shares[n]:g} %)" for n in shares if n not in source.pools)
+    return "; ".join(filter(None, (source.note, f"no test split given: of the training images were drawn {drawn}")))
 
 
 def split(source: Source, section: Any) -> dict[str, Pool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,8 @@ def huggingface(section: Any) -> Source:
             f"dataset {name!r}: cannot be loaded ({type(error).__name__}: {error}); "
             "check data.dataset, data.dataset_config, data.revision and the network"
         ) from error
-    found = {SPLITS[key]: loaded[key] for key in loaded if key in SPLITS}
+    remedy = "put the splits that you want into a local folder, and name it as data.dataset"
+    found = {ours: loaded[theirs] for ours, theirs in _by_split(loaded, f"dataset {name!r}", remedy).items()}
     if "train" not in found:
         raise DataError(
             f"dataset {name!r}: expected a split called train, found {sorted(loaded)}; choose another dataset"
@@ -239,17 +240,25 @@ def _own_root(section: Any) -> Path:
 
 def _layout(root: Path) -> dict[str, Path]:
     """Split -> folder; without split folders the whole is ``train``."""
-    names = {folder.name: folder for folder in _folders(root)}
-    known = {SPLITS[name]: folder for name, folder in names.items() if name in SPLITS}
-    if not known:
+    names = [folder.name for folder in _folders(root)]
+    if not set(names) & set(SPLITS):
         return {"train": root}
-    if other := sorted(set(names) - set(SPLITS)):
-        raise DataError(
-            f"{root / other[0]}: beside split folders expected only train, val and test; rename or remove it"
-        )
+    known = _by_split(names, str(root), "rename or remove one")
     if "train" not in known:
-        raise DataError(f"{root}: expected a folder train beside {sorted(names)}; add it")
-    return known
+        raise DataError(f"{root}: expected a folder train beside {names}; add it")
+    return {ours: root / theirs for ours, theirs in known.items()}
+
+
+def _by_split(names: Iterable[str], where: str, remedy: str) -> dict[str, str]:
+    """Our name of each split and its own. Raises DataError for a name that is no split's, and for two of one split."""
+    found: dict[str, str] = {}
+    for name in names:
+        if name not in SPLITS:
+            raise DataError(f"{where}: beside its splits expected only train, val and test, found {name!r}; {remedy}")
+        if first := found.get(SPLITS[name]):
+            raise DataError(f"{where}: expected one split {SPLITS[name]}, found {first!r} and {name!r}; {remedy}")
+        found[SPLITS[name]] = name
+    return found
 
 
 def _folders(root: Path) -> list[Path]:

@@ -299,7 +299,7 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     (root / "c" / "notes.txt").unlink()
     (root / "c").rmdir()
     write_image(root / "train" / "a" / "0.png")
-    with pytest.raises(DataError, match=r"root/a: beside split folders"):
+    with pytest.raises(DataError, match=r"root: beside its splits expected only .* found 'a'; rename or remove one"):
         own(root)
 
 
@@ -356,12 +356,14 @@ def load_hub(**keys: Any) -> Any:
 
 
 def test_huggingface_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub(monkeypatch, {"train": [0, 1] * 10, "validation": [1, 0], "extra": [7]}, ["cat", "dog"])
+    hub(monkeypatch, {"train": [0, 1] * 10, "validation": [1, 0]}, ["cat", "dog"])
     data = load_hub()
     assert data.info["classes"] == ["cat", "dog"]
     assert {name: len(s) for name, s in data.splits.items()} == {"train": 16, "val": 2, "test": 4}
+    assert data.info["note"] == "no test split given: of the training images were drawn test 4 (20 %)"
     hub(monkeypatch, {"train": ["b", "a"] * 10, "test": ["b", "a"]})
     data = load_hub()
+    assert data.info["note"] is None
     assert data.info["classes"] == ["a", "b"]
     assert data.splits["test"].arrays["label"].tolist() == [1, 0]
 
@@ -377,6 +379,12 @@ def test_huggingface_faults(monkeypatch: pytest.MonkeyPatch) -> None:
         load_hub(image_column="label")
     hub(monkeypatch, {"test": [0]})
     with pytest.raises(DataError, match="expected a split called train"):
+        load_hub()
+    hub(monkeypatch, {"train": [0, 1], "extra": [7]})
+    with pytest.raises(DataError, match="only train, val and test, found 'extra'; put the splits that you want"):
+        load_hub()
+    hub(monkeypatch, {"train": [0, 1], "val": [1], "validation": [0]})
+    with pytest.raises(DataError, match="one split val, found 'val' and 'validation'"):
         load_hub()
 
     def fail(*_: Any, **__: Any) -> None:
