@@ -28,6 +28,7 @@ from toolchain.tasks import Split, as_fed, load_data, load_task
 
 BATCH = 64
 NAMED = 6  # nodes that are told by name
+HALF_SCALES = 19  # the first opset whose QuantizeLinear takes half scales
 # Of int8-trt, whose scales are half: below this, half's spacing would be coarser than int8's own rounding.
 LEAST_SCALE = 1e-5
 # What ONNX Runtime's CPU kernels gain from; softmax, sigmoid and normalisations would lose more than they gain.
@@ -124,7 +125,7 @@ def to_int8(model: Any, precision: str, split: Split, method: str = "minmax") ->
         result = _without_unused_opsets(onnx.load(made))
     if precision == "int8-cpu":
         return result
-    if opset_of(result) < 19:
+    if opset_of(result) < HALF_SCALES:
         console.print("    note: below opset 19 the unquantised part of int8-trt stays float32; set export.opset=20")
         return result
     return to_half(result, ISLANDS - {"QuantizeLinear", "DequantizeLinear"})
@@ -265,8 +266,8 @@ def _compute_names(model: Any) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type in COMPUTE]
 
 
-def converted(compute: int, stayed: Sequence[str], calibration: Mapping[str, Any] | None) -> str:
-    """In words: how many of the ``compute`` nodes, which ``stayed`` float32, and on how many samples."""
+def converted(compute: int, stayed: Sequence[str], calibration: Mapping[str, Any] | None, rest: str) -> str:
+    """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples."""
     text = f"{compute - len(stayed)} of {compute} compute nodes converted"
     if calibration and calibration["samples"]:
         text += f", calibrated on {calibration['samples']} training samples ({calibration['method']})"
@@ -274,8 +275,13 @@ def converted(compute: int, stayed: Sequence[str], calibration: Mapping[str, Any
         text += ", activations scaled in every call, without calibration"
     if stayed:
         more = f" and {len(stayed) - NAMED} more" if len(stayed) > NAMED else ""
-        text += f"; float32 stayed {', '.join(stayed[:NAMED])}{more}"
+        text += f"; in {rest}: {', '.join(stayed[:NAMED])}{more}"
     return text
+
+
+def _rest(made: Any, precision: str) -> str:
+    """What nodes that are not converted compute in: beside TensorRT's int8, fp16 where the opset has its scales."""
+    return "fp16" if precision == "int8-trt" and opset_of(made) >= HALF_SCALES else "float32"
 
 
 def run(job: Job) -> None:
@@ -311,7 +317,7 @@ def run(job: Job) -> None:
     compute, stayed = len(_compute_names(model)), float_compute(made, precision)
     if len(stayed) >= compute:
         raise PrecisionError(
-            f"expected convolutions or matrix products in {precision}, found {len(stayed)} of {compute} still float32; "
+            f"expected convolutions or matrix products in {precision}, found {len(stayed)} of {compute} without; "
             f"leave {precision} out of export.precisions"
         )
     report.check(precision)
@@ -324,7 +330,7 @@ def run(job: Job) -> None:
             "precision": precision,
             "opset": opset_of(made),
             "float_nodes": stayed,
-            "converted": converted(compute, stayed, extra.get("calibration")),
+            "converted": converted(compute, stayed, extra.get("calibration"), _rest(made, precision)),
             "verify": report.as_dict(),
         }
         draft.metrics = {

@@ -335,14 +335,14 @@ def test_dynamic_int8_says_what_stayed_float(
     extra = artifact.verify(work.out).extra
     assert extra["float_nodes"] == ["conv"]
     assert extra["calibration"] == {"samples": 0, "method": "dynamic"}
-    assert extra["converted"].endswith("without calibration; float32 stayed conv")
+    assert extra["converted"].endswith("without calibration; in float32: conv")
 
 
 def test_many_nodes_that_stayed_float_are_counted() -> None:
-    text = precision.converted(9, [f"n{i}" for i in range(8)], {"samples": 4, "method": "minmax"})
+    text = precision.converted(9, [f"n{i}" for i in range(8)], {"samples": 4, "method": "minmax"}, "fp16")
     assert text == (
         "1 of 9 compute nodes converted, calibrated on 4 training samples (minmax); "
-        "float32 stayed n0, n1, n2, n3, n4, n5 and 2 more"
+        "in fp16: n0, n1, n2, n3, n4, n5 and 2 more"
     )
 
 
