@@ -85,6 +85,13 @@ def test_scores_are_of_the_questions_that_are_there() -> None:
     assert shown["right"] or shown["prediction"] != shown["truth"]
 
 
+def test_equally_likely_positions_agree() -> None:
+    a = {side: np.array([[1.0, 1.00001, 0.0], [0.0, 0.0, 2.0]], np.float32) for side in ("start", "end")}
+    b = {side: np.array([[1.00001, 1.0, 0.0], [0.0, 2.0, 1.9]], np.float32) for side in ("start", "end")}
+    assert qa.agreement(a, a) == 1
+    assert qa.agreement(a, b) == 0.5
+
+
 def test_feeds_are_cut_to_the_longest_and_outputs_filled_up() -> None:
     split = data().splits["test"]
     length = np.asarray(split.arrays["attention_mask"]).sum(1)
