@@ -55,7 +55,7 @@ def _panel(axes: Any, title: str, values: NDArray[Any], languages: Sequence[str]
     for row, column in np.argwhere(np.isfinite(values)):
         value = float(values[row, column])
         dark = abs(value) > 0.6 * high
-        text = f"{value:+.0f}".replace("-", "−") if difference else f"{value:.0f}"
+        text = f"{value:+.0f}".replace("-", "−") if difference and round(value) else f"{abs(value):.0f}"
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else INK)
     places = range(len(languages))
     axes.set_xticks(places, languages)
