@@ -186,7 +186,7 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
             [summary_markdown(value), " ".join(notes(value)), *(f"\n{why}." for why in reasons(value)), ""]
         )
     raise TableError(
-        f"{what}: no summary, nor found by benchmarks.overhead, .distillation, .ppt, .questions or .paired"
+        f"{what}: neither a summary nor of benchmarks.overhead, .distillation, .ppt, .questions or .paired"
     )
 
 
