@@ -205,6 +205,7 @@ def test_a_stage_that_is_still_importing_stops_without_a_traceback(asked: str, s
     )
     script = (
         f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where tests run behind &
         "from test_pipeline import chain\nfrom toolchain.pipeline import resumable\nfrom toolchain.stage import guard\n"
         "def work():\n    with resumable(['the', 'command']):\n        chain(Path(sys.argv[1])).run('d')\n"
         "sys.exit(guard(work))\n"
