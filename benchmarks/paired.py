@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.formats import markdown, score
-from benchmarks.study_tables import grouped, read_results
+from benchmarks.study_tables import grouped, paired_table, read_results
 from toolchain.artifact import EdgestillError, write_json
 from toolchain.qa_metrics import bootstrap, paired, wilcoxon
 from toolchain.stage import guard
@@ -30,13 +29,6 @@ from toolchain.study import run_name
 from toolchain.tasks.qa_data import CELLS
 
 PAIR = re.compile(r"_([a-z]{2,3})-([a-z]{2,3})$")  # of languages, at the end of a sample's name
-NOTE = (
-    "F1 in percent. One question is one sample: its translations, and the seeds, are averaged first. Interval and p: "
-    "bootstrap over questions; Wilcoxon's signed-rank test beside it. Questions of one article count as independent, "
-    "which they are not: the intervals are of other questions, not of other articles. The study's table averages over "
-    "language pairs or languages, this one over questions: the two differ where languages have different questions "
-    "(TyDiQA, MLQA)."
-)
 Scores = dict[int, dict[str, dict[str, float]]]  # seed -> part -> sample -> score
 
 
@@ -104,25 +96,6 @@ def _mean(runs: list[dict[str, float]]) -> dict[str, float]:
     return {name: float(np.mean([run[name] for run in runs])) for name in runs[0]}
 
 
-def table(result: dict[str, list[dict[str, Any]]], against: str) -> str:
-    title = ["dataset", "method", "part", f"difference to {against} [95 %]", "p bootstrap", "p Wilcoxon", "n", "seeds"]
-    body = [
-        [
-            dataset,
-            row["method"],
-            row["part"],
-            f"{score(row['mean'], signed=True)} [{score(row['low'], signed=True)}, {score(row['high'], signed=True)}]",
-            f"{row['p']:.4f}",
-            f"{row['p_wilcoxon']:.4f}",
-            str(row["n"]),
-            str(len(row["seeds"])),
-        ]
-        for dataset, rows in result.items()
-        for row in rows
-    ]
-    return markdown(title, body, right=title[3:])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.paired", description="Paired tests of a study's methods."
@@ -136,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def act() -> None:
         datasets = read(arguments.results, arguments.samples, arguments.against)
         result = {name: compare(methods, arguments.against) for name, methods in datasets.items()}
-        print(table(result, arguments.against))
+        print(paired_table(result, arguments.against))
         if arguments.out:
             write_json(arguments.out, {"against": arguments.against, "comparisons": result})
 

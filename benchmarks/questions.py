@@ -10,26 +10,26 @@ of ``answer``, one question at a time, tokenizer included, in interleaved rounds
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter_ns
 from typing import Any
 
 from benchmarks.environment import environment
+from benchmarks.latency import summarise
 from toolchain import artifact
 from toolchain.artifact import EdgestillError
 from toolchain.qa_runtime import QaRuntime, load_qa
 from toolchain.stage import console, guard
 from toolchain.tasks import Split, load_data, qa
 
-ROUNDS, TIMED, WARMUP = 5, 40, 3  # questions of a round; the first few do not count
+ROUNDS, TIMED, WARMUP = 5, 40, 3  # questions of a round, from all over the split; the first few do not count
 
 
-def texts(split: Split, count: int | None = None) -> tuple[list[str], list[str]]:
-    """Questions and their contexts, the first ``count``."""
-    asked = split.meta["questions"][:count]
+def texts(split: Split, every: int = 1) -> tuple[list[str], list[str]]:
+    """Questions and their contexts, one of ``every`` so many."""
+    asked = split.meta["questions"][::every]
     return [one["question"] for one in asked], [split.meta["contexts"][one["context"]] for one in asked]
 
 
@@ -38,17 +38,18 @@ def scores(model: QaRuntime, split: Split) -> dict[str, float]:
     return qa.score_texts({n: found.text for n, found in enumerate(model.answer_all(*texts(split)))}, split)
 
 
-def times(models: dict[str, QaRuntime], split: Split) -> dict[str, list[list[float]]]:
-    """Seconds of each answer, by folder and round."""
-    asked = list(zip(*texts(split, TIMED + WARMUP), strict=True))
-    taken: dict[str, list[list[float]]] = {name: [] for name in models}
+def times(models: dict[str, QaRuntime], split: Split) -> dict[str, list[list[int]]]:
+    """Nanoseconds of each answer, by folder and round."""
+    count = WARMUP + TIMED
+    asked = list(zip(*texts(split, max(1, len(split.meta["questions"]) // count)), strict=True))[:count]
+    taken: dict[str, list[list[int]]] = {name: [] for name in models}
     for _ in range(ROUNDS):
         for name, model in models.items():
-            round_: list[float] = []
+            round_: list[int] = []
             for question, context in asked:
-                start = perf_counter()
+                start = perf_counter_ns()
                 model.answer(question, context)
-                round_.append(perf_counter() - start)
+                round_.append(perf_counter_ns() - start)
             taken[name].append(round_[WARMUP:])
     return taken
 
@@ -64,18 +65,22 @@ def measure(run: Path, folders: Sequence[str], threads: int) -> dict[str, Any]:
         taken = times(models, split)
         for name, model in models.items():
             found = scores(model, split)
-            medians = [1e3 * statistics.median(one) for one in taken[name]]
             weights = sum(path.stat().st_size for path in (run / name).glob("*.onnx*"))
-            rows.append(
-                {"folder": name, "bytes": weights, "p50_ms": statistics.median(medians), "round_p50_ms": medians}
+            row: dict[str, Any] = {
+                "folder": name,
+                "bytes": weights,
+                "scores": found,
+                "latency": summarise(taken[name], 1),
+            }
+            rows.append(row)
+            console.print(
+                f"    {name}: G-XLT F1 {found[qa.HEADLINE]:.2f}, {row['latency']['p50']['ms']:.1f} ms", markup=False
             )
-            rows[-1] |= {"spread": (max(medians) - min(medians)) / statistics.median(medians), "scores": found}
-            console.print(f"    {name}: G-XLT F1 {found[qa.HEADLINE]:.2f}, {rows[-1]['p50_ms']:.1f} ms", markup=False)
     finally:
         for model in models.values():
             model.close()
     count, where = len(split.meta["questions"]), environment()
-    return {"answers": rows, "questions": count, "rounds": ROUNDS, "threads": threads, "environment": where}
+    return {"answers": rows, "questions": count, "threads": threads, "environment": where}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

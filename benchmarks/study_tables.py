@@ -23,6 +23,13 @@ QUESTIONS = {
     "tydiqa_f1": "TyDiQA F1",
 }
 TEST_SELECTED = "test_selected_"
+PAIRED_NOTE = (
+    "F1 in percent. One question is one sample: its translations, and the seeds, are averaged first. Interval and p: "
+    "bootstrap over questions; Wilcoxon's signed-rank test beside it. Questions of one article count as independent, "
+    "which they are not: the intervals are of other questions, not of other articles. The study's table averages over "
+    "language pairs or languages, this one over questions: the two differ where languages have different questions "
+    "(TyDiQA, MLQA)."
+)
 SENTENCE = re.compile(r"(?<=\.)\s+(?=[A-Z(])")
 Methods = Mapping[str, Mapping[str, Mapping[int, Mapping[str, Any]]]]  # dataset -> method -> seed -> row
 Pair = tuple[float, float]
@@ -125,6 +132,26 @@ def study_table(rows: Sequence[Mapping[str, Any]], against: str | None = None) -
 
 def rows_of(methods: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
     return [row for by_seed in methods.values() for row in by_seed.values()]
+
+
+def paired_table(result: Mapping[str, Sequence[Mapping[str, Any]]], against: str) -> str:
+    """What ``benchmarks.paired`` found, dataset -> comparisons."""
+    title = ["dataset", "method", "part", f"difference to {against} [95 %]", "p bootstrap", "p Wilcoxon", "n", "seeds"]
+    body = [
+        [
+            dataset,
+            row["method"],
+            row["part"],
+            f"{score(row['mean'], signed=True)} [{score(row['low'], signed=True)}, {score(row['high'], signed=True)}]",
+            f"{row['p']:.4f}",
+            f"{row['p_wilcoxon']:.4f}",
+            str(row["n"]),
+            str(len(row["seeds"])),
+        ]
+        for dataset, rows in result.items()
+        for row in rows
+    ]
+    return f"{markdown(title, body, right=title[3:])}\n{PAIRED_NOTE}\n"
 
 
 # --- trajectories

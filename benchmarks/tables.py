@@ -21,9 +21,8 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks import paired
-from benchmarks.formats import TableError, count, markdown, ms, scored, share, size, times, titled
-from benchmarks.study_tables import read_results, study_table
+from benchmarks.formats import TableError, count, markdown, ms, score, scored, share, size, times, titled
+from benchmarks.study_tables import paired_table, read_results, study_table
 from toolchain.stage import console, guard
 
 RESULTS = Path(__file__).parent / "results"
@@ -180,7 +179,7 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
     if "answers" in value:
         return _answers_table(value)
     if "comparisons" in value:
-        return f"{paired.table(value['comparisons'], value['against'])}\n{paired.NOTE}\n"
+        return paired_table(value["comparisons"], value["against"])
     if "rows" in value:
         return "\n".join(
             [summary_markdown(value), " ".join(notes(value)), *(f"\n{why}." for why in reasons(value)), ""]
@@ -192,7 +191,7 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
 
 def _answers_table(value: Mapping[str, Any]) -> str:
     first, *_ = value["answers"]
-    score_of = first["scores"]["gxlt_f1"]
+    best, slowest = first["scores"]["gxlt_f1"], first["latency"]["p50"]["ms"]
     title = [
         "folder",
         "graph",
@@ -203,22 +202,19 @@ def _answers_table(value: Mapping[str, Any]) -> str:
         "p50 ms",
         "speed-up",
     ]
-    body = [
-        [
-            *(row["folder"], size(row["bytes"]), f"{row['scores']['gxlt_f1']:.2f}"),
-            share(row["scores"]["gxlt_f1"] / score_of if score_of else None),
-            *(f"{row['scores'][name]:.2f}" if name in row["scores"] else "–" for name in ("xlt_f1", "unseen_f1")),
-            ms(row["p50_ms"]) + (" ~" if row["spread"] > NOISY else ""),
-            times(first["p50_ms"] / row["p50_ms"]),
-        ]
-        for row in value["answers"]
-    ]
+    body = []
+    for row in value["answers"]:
+        found, p50 = row["scores"], row["latency"]["p50"]["ms"]
+        scores = [score(found.get(name)) for name in ("gxlt_f1", "xlt_f1", "unseen_f1")]
+        scores.insert(1, share(found["gxlt_f1"] / best if best else None))
+        slow = ms(p50) + (" ~" if row["latency"]["noisy"] else "")
+        body.append([row["folder"], size(row["bytes"]), *scores, slow, times(slowest / p50)])
     note = (
-        f"Text to answer through `load_qa`, {value['questions']} questions; p50 of one at a time, medians of "
-        f"{value['rounds']} interleaved rounds, {value['threads']} threads, {device(value['environment'])}."
+        f"Text to answer through `load_qa`, {value['questions']} questions; p50 of one at a time, "
+        f"{first['latency']['rounds']} interleaved rounds, {value['threads']} threads, {device(value['environment'])}."
     )
-    if any(row["spread"] > NOISY for row in value["answers"]):
-        note += f" ~ noisy: rounds lie more than {NOISY:.0%} apart."
+    if any(row["latency"]["noisy"] for row in value["answers"]):
+        note += " ~ noisy: medians of the rounds lie more than 5 % apart."
     return f"{markdown(title, body, right=title[1:])}\n{note}\n"
 
 

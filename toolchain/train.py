@@ -217,9 +217,8 @@ class _Training:
         self.steps = math.ceil(len(batches) / self.micro)
         self.total = self.steps * recipe.epochs
         self.epoch = self.step = self.lines = 0  # step counts optimiser steps over all epochs
-        self.sums: Moments = {}
         self.parts = min(self.steps, max(1, POINTS // recipe.epochs))
-        self.course: dict[str, Moments] = {}  # sums by the last step of a part of the epoch
+        self.course: dict[str, Moments] = {}  # the epoch's sums, by the last step of each of its parts
         self.seconds = 0.0
         self.best: dict[str, Any] = {}
         self.watched: dict[str, dict[str, Any]] = {}
@@ -301,16 +300,15 @@ class _Training:
         flat = [value.float() for _, scalars in self.pending for value in scalars.values()]
         values = iter(torch.stack(flat).tolist())
         for step, scalars in self.pending:
-            course = self.course.setdefault(str(self._part_end(step)), {})
+            sums = self.course.setdefault(str(self._part_end(step)), {})
             for name in scalars:
                 value = next(values)
                 if not math.isfinite(value):
                     self._refuse(step, name, value)
-                for sums in (self.sums, course):
-                    sums[name] = sums.get(name, 0.0) + value
-                    sums[f"{name} count"] = sums.get(f"{name} count", 0.0) + 1
+                sums[name] = sums.get(name, 0.0) + value
+                sums[f"{name} count"] = sums.get(f"{name} count", 0.0) + 1
         self.pending.clear()
-        means = _means(self.sums)
+        means = _means(*self.course.values())
         shown = " ".join(f"{name} {means[name]:.3g}" for name in ("loss", "accuracy") if name in means)
         score = f" val {next(iter(self.best['val'].values())):.4g}" if self.best.get("val") else ""
         bar.update(f"{self.name}: epoch {self.epoch + 1}/{self.recipe.epochs} {shown}{score}")
@@ -327,8 +325,8 @@ class _Training:
             f"{value}; {kept}. Lower train.lr (now {self.recipe.lr:g}) or the method's weights, or set train.clip"
         )
 
-    def _logged(self, sums: Moments) -> dict[str, float]:
-        means = _means(sums)
+    def _logged(self, *sums: Moments) -> dict[str, float]:
+        means = _means(*sums)
         if self.accelerator.num_processes > 1:
             reduced = self.accelerator.reduce(torch.tensor(list(means.values()), device=self.device), "mean").tolist()
             means = dict(zip(means, reduced, strict=True))
@@ -340,7 +338,12 @@ class _Training:
         val = self._scores("validation", self.score) if due and self.score is not None else {}
         watched = {name: self._scores(name, score) for name, score in self.watch.items()} if due else {}
         line = {"stage": self.name, "epoch": self.epoch + 1, "step": self.step}
-        line |= {"lr": self.optimizer.param_groups[0]["lr"], **self._logged(self.sums), "val": val, **watched}
+        line |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **self._logged(*self.course.values()),
+            "val": val,
+            **watched,
+        }
         line["seconds"] = round(spent, 3)
         samples = len(self.batches) * self.batches.batch_size
         line["samples_per_second"] = round(samples / max(spent, 1e-9), 1)
@@ -350,8 +353,7 @@ class _Training:
         for name, scores in watched.items():
             if self._better(scores, self.watched.get(name, {}).get("scores", {})):
                 self.watched[name] = {"epoch": self.epoch + 1, "scores": scores}
-        self.epoch, self.seconds, self.lines = self.epoch + 1, 0.0, self.lines + 1
-        self.sums, self.course = {}, {}
+        self.epoch, self.course, self.seconds, self.lines = self.epoch + 1, {}, 0.0, self.lines + 1
         self.started = time.monotonic()
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -406,7 +408,7 @@ class _Training:
                 tensors[f"optimizer.{index}.{name}"] = value
         tensors |= {f"best.{name}": value for name, value in self.best_tensors.items()}
         tensors |= {f"rng.{name}": self._gathered(value) for name, value in checkpoint.rng_states(self.device).items()}
-        state = {"key": self.key, "epoch": self.epoch, "step": self.step, "lines": self.lines, "sums": self.sums}
+        state = {"key": self.key, "epoch": self.epoch, "step": self.step, "lines": self.lines}
         state |= {"course": self.course, "seconds": self._elapsed(), "best": self.best, "watched": self.watched}
         if self.accelerator.is_main_process:
             self.saved = checkpoint.save(self.folder, self.step, tensors, state)
@@ -452,8 +454,8 @@ class _Training:
                 self.optimizer.state[parameter][name] = like.copy_(value)
         self.best_tensors = {name: value.to(self.device) for name, value in checkpoint.under(tensors, "best.").items()}
         self.epoch, self.step, self.lines = state["epoch"], state["step"], state["lines"]
-        self.sums, self.seconds, self.best = state["sums"], state["seconds"], state["best"]
-        self.watched, self.course = state["watched"], state.get("course", {})
+        self.course, self.seconds, self.best = state["course"], state["seconds"], state["best"]
+        self.watched = state["watched"]
         rank = self.accelerator.process_index
         checkpoint.set_rng_states(
             {name: value[rank].clone() for name, value in checkpoint.under(tensors, "rng.").items()}
@@ -483,7 +485,12 @@ class _Training:
             }
 
 
-def _means(sums: Moments) -> dict[str, float]:
+def _means(*parts: Moments) -> dict[str, float]:
+    """Of the sums and counts in ``parts`` together."""
+    sums: Moments = {}
+    for part in parts:
+        for name, value in part.items():
+            sums[name] = sums.get(name, 0.0) + value
     return {name: value / sums[f"{name} count"] for name, value in sums.items() if not name.endswith(" count")}
 
 

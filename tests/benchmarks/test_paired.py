@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import paired, tables
+from benchmarks import paired, study_tables, tables
 
 
 def run(
@@ -55,7 +55,7 @@ def test_methods_are_compared_by_question_over_their_seeds(tmp_path: Path, capsy
     assert (line := "| ntl3 | skd-no-ce | cells |") in capsys.readouterr().out
     text = "<!-- results:out -->\n<!-- /results -->\n"
     assert line in (shown := tables.render(text, tmp_path, "README.md"))
-    assert paired.NOTE in shown
+    assert study_tables.PAIRED_NOTE in shown
 
 
 def test_one_question_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -208,9 +208,9 @@ def test_what_ships_is_scored_from_texts_alone(made: Path, monkeypatch: pytest.M
     from toolchain.qa_runtime import load_qa
 
     monkeypatch.setattr(questions, "ROUNDS", 2)
-    monkeypatch.setattr(questions, "TIMED", 3)
+    monkeypatch.setattr(questions, "TIMED", 12)
     found = questions.measure(made, ["onnx", "onnx-int8-cpu"], threads=1)
-    assert [len(row["round_p50_ms"]) for row in found["answers"]] == [2, 2]
+    assert [(row["latency"]["rounds"], row["latency"]["calls"]) for row in found["answers"]] == [(2, 24)] * 2
     test = split(made)
     with load_qa(made / "onnx") as model:
         told = [model.answer(q, c).text for q, c in zip(*questions.texts(test), strict=True)]

@@ -76,8 +76,8 @@ def distill(cfg: Config, run: Run) -> nn.Module:
     layers = kept_layers(total, cfg.student.layers or total)
     splits = tuple(name for name in ("first", "train") if name in run.data.splits)
     batches = SpanBatches(run, splits, cfg.train.batch_size)
-    used = [batches.ids, np.array(json.loads(run.data.files[USED]), np.int64)]
-    pieces = used_pieces(teacher.tokenizer, used, o.extra_pieces) if o.vocabulary == "used" else None
+    used = np.array(json.loads(run.data.files[USED]), np.int64)
+    pieces = used_pieces(teacher.tokenizer, [used], o.extra_pieces) if o.vocabulary == "used" else None
     student = smaller(teacher, layers, pieces)
     if pieces is not None:
         total = int(teacher.encoder.config.vocab_size)
