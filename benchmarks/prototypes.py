@@ -62,6 +62,11 @@ def look(cfg: Config, data: Data, inputs: dict[str, Path]) -> Found:
     """Learn the banks as a training of ``cfg`` does, and assign every training image's tokens to them."""
     if cfg.method.name != "prockd" or not cfg.method.w_P:
         raise EdgestillError("method: expected prockd with preset assignment, found another; give the key")
+    if cfg.method.learner:
+        raise EdgestillError(
+            f"method.train_prototypes: expected prototypes learned before the training, found {cfg.method.learner}; "
+            "leave the key out"
+        )
     with tempfile.TemporaryDirectory() as work:
         batches = Run(cfg, data, inputs, Path(work), quiet=True).batches("tokens")
     banks = Banks(1, batches.tap_channels, cfg.method.K, cfg.method.temperature)

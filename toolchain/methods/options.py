@@ -72,7 +72,9 @@ class ProCKD(Section):
     ``preset`` fills the loss weights; a key given beside it wins. ``evidence`` and ``default`` read the paper's code,
     ``assignment`` is our extension: ``K`` prototypes of each tap, learned from the teacher alone, whose assignment (at
     ``temperature``) the student predicts. ``control``: what has to break it, channels ``shuffled`` over the prototypes,
-    or the assignments of the ``other_image`` in the batch.
+    or the assignments of the ``other_image`` in the batch. ``train_prototypes``: by the task's losses (true), not at
+    all, or by a learner of their own, ``ema`` of VQ-VAE or ``sinkhorn`` of SwAV, which also takes k-means' place in
+    ``assignment``.
     """
 
     name: Literal["prockd"]
@@ -94,7 +96,7 @@ class ProCKD(Section):
     token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     prototype_learning: bool = True
     feature_augmentation: bool = True
-    train_prototypes: bool = True
+    train_prototypes: Literal[True, False, "ema", "sinkhorn"] = True
     infer: Literal["plain", "aug"] = "plain"
 
     @model_validator(mode="before")
@@ -115,7 +117,18 @@ class ProCKD(Section):
             raise ValueError(f"control={self.control} breaks the assignment, which w_P=0 leaves out; set w_P")
         if self.infer == "aug" and not self.feature_augmentation:
             raise ValueError("infer=aug needs feature_augmentation")
+        if self.learner and not (self.w_T or self.w_KL or self.w_P):
+            raise ValueError(
+                f"train_prototypes={self.learner} learns from teacher tokens, which w_T, w_KL and w_P of 0 leave out"
+            )
+        if self.learner and self.control == "shuffled":
+            raise ValueError("control=shuffled breaks prototypes that are learned before; leave train_prototypes out")
         return self
+
+    @property
+    def learner(self) -> Literal["ema", "sinkhorn"] | None:
+        """How the prototypes learn apart from the task's losses."""
+        return None if isinstance(self.train_prototypes, bool) else self.train_prototypes
 
 
 class Training(Section):

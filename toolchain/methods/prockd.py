@@ -23,6 +23,7 @@ What is known, and from where (we have not seen the paper's body):
   grid bilinearly before the head, and the KL is per pixel that counts.
 
 L_P is our extension, preset ``assignment``: see ``toolchain/methods/prototypes.py``. It uses none of the modules above.
+With ``train_prototypes: ema`` or ``sinkhorn`` the task's losses do not reach C: it follows unit(P), by the learners there.
 
 Deliberate deviations: the residuals are never materialised, V_k = (A^T X)_k - (sum_n A_nk) C_k; norms, residuals and
 softmaxes are in float32 under autocast.
@@ -43,7 +44,16 @@ from toolchain.distiller import Batch, Distiller
 from toolchain.grids import Grid, map_of, resized, tokens_of
 from toolchain.losses import accuracy, cross_entropy, kl, usage_perplexity, valid
 from toolchain.methods.options import ProCKD as Options
-from toolchain.methods.prototypes import Banks, first_tokens, kmeans, unit
+from toolchain.methods.prototypes import (
+    Banks,
+    Held,
+    MovingAverages,
+    commitment,
+    first_tokens,
+    kmeans,
+    swapped_prediction,
+    unit,
+)
 from toolchain.train import Run
 
 
@@ -84,18 +94,27 @@ class PrototypeLearning(nn.Module):
 
 
 class TaskAdaptiveAugmentation(nn.Module):
-    """aug(Q) for tokens Q (B, N, d). It owns the prototypes C (K, d): all that aug-mode inference keeps."""
+    """aug(Q) for tokens Q (B, N, d). It owns the prototypes C (K, d): all that aug-mode inference keeps.
+
+    ``task_gradient``: whether the task's losses train C.
+    """
 
     no_decay = True  # its own parameter is C
 
     def __init__(self, width: int, prototypes: int) -> None:
         super().__init__()
         self.C = nn.Parameter(torch.rand(prototypes, width))
+        self.task_gradient = True
         self.encode = nn.Linear(width, width)
         self.mix = mixer(width)
 
+    @property
+    def prototypes(self) -> Tensor:
+        """C as the task's losses see it."""
+        return self.C if self.task_gradient else self.C.detach()
+
     def forward(self, q: Tensor) -> Tensor:
-        e, m = self.encode(q), self.encode(self.C)
+        e, m = self.encode(q), self.encode(self.prototypes)
         with torch.autocast(q.device.type, enabled=False):
             weights = (e.float() @ m.float().T).softmax(-1)
         return F.relu(self.mix(torch.cat([e, weights.to(e.dtype) @ m], -1)) + q)
@@ -114,12 +133,33 @@ class Kit(nn.Module):
         if options.proto_init == "unit_normal":
             with torch.no_grad():
                 self.augment.C.copy_(unit(torch.randn_like(self.augment.C)))
-        self.augment.C.requires_grad_(options.train_prototypes)
+        learner = options.learner
+        self.augment.C.requires_grad_(options.train_prototypes in (True, "sinkhorn"))
+        self.augment.task_gradient = learner is None
+        self.averages = MovingAverages(options.K, width) if learner == "ema" else None
+        self.held = Held() if learner == "sinkhorn" else None
 
-    def rewrite(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Teacher tokens (B, N, c) -> R (B, N, d) and the assignment, None without prototype learning."""
-        p = self.adapter(F.dropout(tokens, self.token_dropout, self.training))
-        return self.prototypes(p, self.augment.C) if self.learning else (p, None)
+    def local(self, tokens: Tensor) -> Tensor:
+        """Teacher tokens (B, N, c) -> P (B, N, d)."""
+        p: Tensor = self.adapter(F.dropout(tokens, self.token_dropout, self.training))
+        return p
+
+    def rewrite(self, p: Tensor) -> tuple[Tensor, Tensor | None]:
+        """P -> R (B, N, d) and the assignment, None without prototype learning."""
+        return self.prototypes(p, self.augment.prototypes) if self.learning else (p, None)
+
+    def learn(self, p: Tensor, s: Tensor) -> Tensor | None:
+        """The loss of the prototypes' own learner, None without one; P and the student's tokens S, both (B, N, d)."""
+        points = unit(p).flatten(0, 1)
+        if self.averages is not None:
+            if self.training:
+                self.averages.update(points.detach(), self.augment.C.data)
+            return commitment(points, self.augment.C)
+        if self.held is not None:
+            c = unit(self.held(self.augment.C)).T
+            with torch.autocast(p.device.type, enabled=False):
+                return swapped_prediction(points @ c, unit(s).flatten(0, 1) @ c)
+        return None
 
     def aug(self, q: Tensor) -> Tensor:
         return self.augment(q) if self.augmenting else q
@@ -163,7 +203,7 @@ class ProCKD(Distiller):
             raise EdgestillError(f"method.d: expected the student's width {width}, found {options.d}; leave d out")
         self.student = student
         self.kit = Kit(sum(widths), width, options)
-        self.banks = Banks(width, widths, options.K, options.temperature) if options.w_P else None
+        self.banks = Banks(width, widths, options.K, options.temperature, options.learner) if options.w_P else None
         self.grid, self.options, self.ignore_index = grid, options, ignore_index
 
     def head(self, tokens: Tensor, grid: Grid, dense_grid: Grid | None) -> Tensor:
@@ -173,9 +213,14 @@ class ProCKD(Distiller):
             features = F.interpolate(features, size=dense_grid, mode="bilinear", align_corners=False)
         return self.student.head(features)  # type: ignore[operator, no-any-return]
 
-    def teacher_branch(self, tokens: Tensor, dense_grid: Grid | None) -> tuple[Tensor, Tensor | None]:
-        """z_T and the assignment A."""
-        r, assignment = self.kit.rewrite(tokens)
+    def on_epoch_start(self, epoch: int) -> None:
+        for module in self.modules():
+            if isinstance(module, Held):
+                module.on.fill_(epoch == 0)  # SwAV, appendix A: the prototypes are frozen during the first epoch
+
+    def teacher_branch(self, p: Tensor, dense_grid: Grid | None) -> tuple[Tensor, Tensor | None]:
+        """z_T and the assignment A, of P (B, N, d)."""
+        r, assignment = self.kit.rewrite(p)
         return self.head(self.kit.aug(r), self.grid, dense_grid), assignment
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -186,8 +231,13 @@ class ProCKD(Distiller):
         z_s: Tensor = self.student.head(features)  # type: ignore[operator]
         loss = cross_entropy(z_s, label, self.ignore_index)
         out = {"ce": loss, "accuracy": accuracy(z_s, label, self.ignore_index)}
+        tokens = tokens_of(resized(features, self.grid))
         if o.w_T or o.w_KL:
-            z_t, assignment = self.teacher_branch(batch["tokens"], dense_grid)
+            p = self.kit.local(batch["tokens"])
+            if (learned := self.kit.learn(p, tokens)) is not None:
+                out["prototype_loss"] = learned
+                loss = loss + learned
+            z_t, assignment = self.teacher_branch(p, dense_grid)
             loss = loss + self._guided(out, "teacher", z_s, z_t, label, o.w_T, o.w_KL)
             if assignment is not None:
                 out["perplexity"] = usage_perplexity(assignment)
@@ -195,11 +245,8 @@ class ProCKD(Distiller):
             z_a = self.head(self.kit.aug(tokens_of(features)), (height, width), None)
             loss = loss + self._guided(out, "aug", z_s, z_a, label, o.w_A, o.w_KA)
         if self.banks is not None:
-            assignment = self.banks.assignment(batch["tokens"])
-            if o.control == "other_image":
-                assignment = assignment.roll(1, 0)
-            tokens = tokens_of(resized(features, self.grid))
-            out["assignment_kl"], out["bank_perplexity"] = self.banks(tokens, assignment)
+            teacher = batch["tokens"].roll(1, 0) if o.control == "other_image" else batch["tokens"]
+            out["assignment_kl"], out["bank_perplexity"] = self.banks(tokens, teacher)
             loss = loss + o.w_P * out["assignment_kl"]
         return {"loss": loss} | out
 
@@ -236,6 +283,8 @@ def distill(cfg: Config, run: Run) -> nn.Module:
         distiller = ProCKD(run.student(), batches.tap_channels, batches.grid, options, ignore)
     if options.proto_init == "kmeans":
         init_prototypes(distiller.kit, batches, cfg.seed)
+    if distiller.kit.averages is not None:
+        distiller.kit.averages.start(distiller.kit.augment.C)
     if distiller.banks is not None:
         distiller.banks.learn(first_tokens(batches.epoch(0)), cfg.seed)
         if options.control == "shuffled":
@@ -268,7 +317,7 @@ def branch_accuracy(distiller: ProCKD, batches: Any) -> float:
         if label.ndim > 1:
             height, width = distiller.student.features(batch["image"]).shape[-2:]  # type: ignore[operator]
             dense_grid = (height, width)
-        z_t, _ = distiller.teacher_branch(batch["tokens"], dense_grid)
+        z_t, _ = distiller.teacher_branch(distiller.kit.local(batch["tokens"]), dense_grid)
         counted = float(valid(label, distiller.ignore_index).sum())
         right += float(accuracy(z_t, label, distiller.ignore_index)) * counted
         total += counted

@@ -10,11 +10,16 @@ grid, through one linear layer that does not ship:
 
 In the spirit of ProC-KD's abstract, which guides the student through prototypes of local features; the paper's code
 compares logits only. 24 for each of three taps is how we read its number of prototypes, 72.
+
+Two other ways to learn prototypes, for the ablations (``method.train_prototypes``): moving averages of the points
+nearest to each, as VQ-VAE's codebook, and SwAV's swapped prediction of balanced codes. There the two views of a place
+are the teacher's token and the student's; a bank's codes take the place of A_i, and its C_i starts from random points.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +27,11 @@ from torch import Tensor, nn
 
 from toolchain.losses import usage_perplexity
 
+Learner = Literal["ema", "sinkhorn"]
 EPS = 1e-12
 KMEANS_TOKENS, KMEANS_STEPS = 8192, 20
+DECAY, COMMITMENT = 0.99, 0.25  # van den Oord et al.
+SINKHORN_EPS, SINKHORN_STEPS, SWAV_TEMPERATURE = 0.05, 3, 0.1  # Caron et al.
 
 
 def unit(value: Tensor) -> Tensor:
@@ -54,18 +62,100 @@ def first_tokens(batches: Iterator[Mapping[str, Tensor]]) -> Tensor:
     return torch.cat(points)[:KMEANS_TOKENS]
 
 
-class Banks(nn.Module):
-    """Prototypes of the teacher's taps (buffers), and the student's prediction of their assignment (trained).
+class MovingAverages(nn.Module):
+    """Prototypes as moving averages of the points nearest to them: VQ-VAE's codebook (van den Oord et al., arXiv
+    1711.00937, appendix A.1). One that has less than one point of weight left becomes a point of the batch."""
 
-    ``widths``: channels of each tap; together they are the teacher's tokens. ``width``: the student's.
+    size: Tensor
+    total: Tensor
+
+    def __init__(self, count: int, width: int) -> None:
+        super().__init__()
+        self.register_buffer("size", torch.ones(count))
+        self.register_buffer("total", torch.zeros(count, width))
+
+    @torch.no_grad()
+    def start(self, prototypes: Tensor) -> None:
+        """Each of ``prototypes`` (K, d) counts as one point."""
+        self.size.fill_(1.0)
+        self.total.copy_(prototypes)
+
+    @torch.no_grad()
+    def update(self, points: Tensor, prototypes: Tensor) -> None:
+        """Move ``prototypes`` (K, d), in place, towards the means of their nearest ``points`` (n, d)."""
+        with torch.autocast(points.device.type, enabled=False):
+            nearest = F.one_hot(torch.cdist(points, prototypes).argmin(1), len(prototypes)).to(points.dtype)
+            self.size.lerp_(nearest.sum(0), 1 - DECAY)
+            self.total.lerp_(nearest.T @ points, 1 - DECAY)
+        dead = self.size < 1
+        drawn = points[torch.randint(len(points), (len(prototypes),), device=points.device)]
+        self.total.copy_(torch.where(dead[:, None], drawn, self.total))
+        self.size.clamp_(min=1)
+        prototypes.copy_(self.total / self.size[:, None])
+
+
+def commitment(points: Tensor, prototypes: Tensor) -> Tensor:
+    """Mean of beta |x - sg(C_k)|^2 over ``points`` (n, d), C_k the nearest prototype (VQ-VAE, equation 3)."""
+    nearest = prototypes.detach()[torch.cdist(points.detach(), prototypes.detach()).argmin(1)]
+    return COMMITMENT * (points - nearest).square().sum(-1).mean()
+
+
+@torch.no_grad()
+def balanced_codes(scores: Tensor) -> Tensor:
+    """``scores`` (n, K) of n points -> codes (n, K): rows sum to 1 and columns to about n / K.
+
+    Sinkhorn-Knopp on exp(scores / eps): Caron et al., arXiv 2006.09882, equation 3.
+    """
+    codes = (scores.float() - scores.max()).div(SINKHORN_EPS).exp() + EPS
+    for _ in range(SINKHORN_STEPS):
+        codes = codes / codes.sum(0)
+        codes = codes / codes.sum(1, keepdim=True)
+    return codes
+
+
+def swapped_prediction(one: Tensor, other: Tensor) -> Tensor:
+    """Each view's scores (n, K) predict the other's balanced codes: SwAV, equations 1 and 2."""
+    loss = one.new_zeros(())
+    for seen, hidden in ((one, other), (other, one)):
+        log_p = (seen.float() / SWAV_TEMPERATURE).log_softmax(-1)
+        loss = loss - (balanced_codes(hidden) * log_p).sum(-1).mean()
+    return loss
+
+
+class Held(nn.Module):
+    """Passes a gradient to the prototypes unless ``on``; in the state, so that a resumed training goes on alike."""
+
+    on: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("on", torch.tensor(False))
+
+    def forward(self, prototypes: Tensor) -> Tensor:
+        return torch.where(self.on, prototypes.detach(), prototypes)
+
+
+class Banks(nn.Module):
+    """Prototypes of the teacher's taps, and the student's prediction of their assignment (trained).
+
+    ``widths``: channels of each tap; together they are the teacher's tokens. ``width``: the student's. ``learner``:
+    how the prototypes go on learning after ``learn``; None: not at all.
     """
 
+    no_decay = True  # its own parameter is C
     C: Tensor
 
-    def __init__(self, width: int, widths: Sequence[int], count: int, temperature: float) -> None:
+    def __init__(
+        self, width: int, widths: Sequence[int], count: int, temperature: float, learner: Learner | None = None
+    ) -> None:
         super().__init__()
-        self.widths, self.count, self.temperature = list(widths), count, temperature
-        self.register_buffer("C", torch.zeros(count, sum(widths)))
+        self.widths, self.count, self.temperature, self.learner = list(widths), count, temperature, learner
+        start = torch.zeros(count, sum(widths))
+        if learner == "sinkhorn":
+            self.C, self.held = nn.Parameter(start), Held()
+        else:
+            self.register_buffer("C", start)
+        self.averages = nn.ModuleList(MovingAverages(count, part) for part in widths if learner == "ema")
         self.predict = nn.Linear(width, count * len(widths))
 
     def parts(self, value: Tensor) -> tuple[Tensor, ...]:
@@ -74,10 +164,18 @@ class Banks(nn.Module):
 
     @torch.no_grad()
     def learn(self, tokens: Tensor, seed: int) -> None:
-        """Set every bank to the spherical k-means centres of its part of ``tokens`` (n, c)."""
-        parts = [unit(points) for points in self.parts(tokens)]
-        found = [unit(kmeans(points, self.count, torch.Generator().manual_seed(seed))) for points in parts]
+        """Set every bank from its part of ``tokens`` (n, c): to the spherical k-means centres, or to random points
+        where it goes on learning."""
+        found = []
+        for points in map(unit, self.parts(tokens)):
+            generator = torch.Generator().manual_seed(seed)
+            if self.learner is None:
+                found.append(unit(kmeans(points, self.count, generator)))
+            else:
+                found.append(points[torch.randint(len(points), (self.count,), generator=generator)])
         self.C.copy_(torch.cat(found, -1))
+        for average, prototypes in zip(self.averages, found, strict=False):
+            average.start(prototypes)  # type: ignore[operator]
 
     @torch.no_grad()
     def shuffle(self, seed: int) -> None:
@@ -86,16 +184,30 @@ class Banks(nn.Module):
         order = torch.rand(self.C.shape, generator=generator).argsort(0)
         self.C.copy_(torch.cat([unit(part) for part in self.parts(self.C.cpu().gather(0, order))], -1))
 
+    def scores(self, tokens: Tensor) -> Tensor:
+        """Cosines (B, N, taps, K) of teacher tokens (B, N, c) to the prototypes."""
+        prototypes = self.held(self.C) if self.learner == "sinkhorn" else self.C
+        with torch.autocast(tokens.device.type, enabled=False):
+            parts = zip(self.parts(tokens), self.parts(prototypes), strict=True)
+            return torch.stack([unit(t) @ (unit(c) if self.learner else c).T for t, c in parts], -2)
+
     @torch.no_grad()
     def assignment(self, tokens: Tensor) -> Tensor:
         """A (B, N, taps, K) of teacher tokens (B, N, c)."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            parts = zip(self.parts(tokens), self.parts(self.C), strict=True)
-            return torch.stack([(unit(t) @ c.T / self.temperature).softmax(-1) for t, c in parts], -2)
+        return (self.scores(tokens) / self.temperature).softmax(-1)
 
-    def forward(self, tokens: Tensor, assignment: Tensor) -> tuple[Tensor, Tensor]:
-        """L_P of student tokens (B, N, d), and the mean usage perplexity of the banks."""
+    def forward(self, tokens: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """L_P of student tokens (B, N, d) beside ``teacher``'s (B, N, c), and the mean usage perplexity of the banks."""
         logits = self.predict(tokens).float().unflatten(-1, (len(self.widths), self.count))
+        if self.averages and self.training:
+            parts = zip(self.averages, self.parts(teacher), self.parts(self.C), strict=True)
+            for average, points, prototypes in parts:
+                average.update(unit(points).flatten(0, -2), prototypes)  # type: ignore[operator]
+        assignment = self.assignment(teacher)
+        used = torch.stack([usage_perplexity(bank) for bank in assignment.unbind(-2)]).mean()
+        if self.learner == "sinkhorn":
+            pairs = zip(self.scores(teacher).unbind(-2), logits.unbind(-2), strict=True)
+            views = [(cosines.flatten(0, -2), z.flatten(0, -2) * SWAV_TEMPERATURE) for cosines, z in pairs]
+            return torch.stack([swapped_prediction(*pair) for pair in views]).sum(), used
         divergence = torch.special.xlogy(assignment, assignment) - assignment * logits.log_softmax(-1)
-        used = [usage_perplexity(bank) for bank in assignment.unbind(-2)]
-        return divergence.sum((-1, -2)).mean(), torch.stack(used).mean()
+        return divergence.sum((-1, -2)).mean(), used

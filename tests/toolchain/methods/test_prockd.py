@@ -108,7 +108,7 @@ def test_04_gradients_reach_prototypes_by_each_branch_and_never_the_teacher():
 @pytest.mark.parametrize("stop", [True, False])
 def test_04_stop_gradient_keeps_the_kl_off_the_teacher_branch(direction, stop):
     made, batch = distiller(stop_grad=stop, kl_dir=direction), samples()
-    z_t, _ = made.teacher_branch(batch["tokens"], None)
+    z_t, _ = made.teacher_branch(made.kit.local(batch["tokens"]), None)
     z_s = torch.zeros_like(z_t, requires_grad=True)
     made._guided({}, "teacher", z_s, z_t, batch["label"], 0.0, 10.0).backward()
     assert z_s.grad.any()
@@ -152,15 +152,16 @@ def test_08_one_prototype_works():
     assert out["perplexity"].item() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("learner", [True, "ema", "sinkhorn"])
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_09_autocast_is_finite_and_normalises_in_float32(kind):
-    made, batch = distiller(), samples()
+def test_09_autocast_is_finite_and_normalises_in_float32(kind, learner):
+    made, batch = distiller(train_prototypes=learner), samples()
     batch["tokens"] = batch["tokens"] * 100
     batch["tokens"][0] = 0
     with torch.autocast("cpu", kind):
         out = made(batch)
         assert prockd.unit(torch.zeros(2, 3, dtype=kind)).dtype == torch.float32
-        assert made.teacher_branch(batch["tokens"], None)[1].dtype == torch.float32
+        assert made.teacher_branch(made.kit.local(batch["tokens"]), None)[1].dtype == torch.float32
     out["loss"].backward()
     assert all(value.isfinite() for value in out.values())
     assert all(p.grad is None or p.grad.isfinite().all() for p in made.parameters())
@@ -177,7 +178,7 @@ def test_10_prototype_usage_and_branch_accuracy_are_logged(tmp_path):
 
 def test_10_perplexity_is_of_the_mean_assignment():
     made, batch = distiller(token_dropout=0), samples()
-    _, assignment = made.kit.rewrite(batch["tokens"])
+    _, assignment = made.kit.rewrite(made.kit.local(batch["tokens"]))
     mean = assignment.reshape(-1, 5).mean(0).tolist()
     expected = math.exp(-sum(p * math.log(p) for p in mean))
     assert made(batch)["perplexity"].item() == pytest.approx(expected, rel=1e-5)
@@ -209,7 +210,7 @@ def test_augmentation_is_the_formula():
 
 def test_segmentation_reads_the_teacher_on_the_students_grid_and_ignores_pixels():
     made, batch = distiller(dense=True), samples(dense=True)
-    z_t, _ = made.teacher_branch(batch["tokens"], (4, 4))
+    z_t, _ = made.teacher_branch(made.kit.local(batch["tokens"]), (4, 4))
     assert z_t.shape == (len(batch["label"]), CLASSES, 8, 8)
     made.eval()
     before = made(batch)
@@ -232,6 +233,41 @@ def test_prototype_initialisation(tmp_path, init):
     assert not prototypes.requires_grad
 
 
+def test_prototypes_with_a_learner_of_their_own_get_no_gradient_of_the_task():
+    batch = samples()
+    for learner, loss in (("ema", False), ("sinkhorn", True)):
+        made = distiller(train_prototypes=learner)
+        p = made.kit.local(batch["tokens"])
+        z_t, _ = made.teacher_branch(p, None)
+        z_t.square().sum().backward()
+        assert "kit.augment.C" not in gradients(made)
+        made.kit.learn(made.kit.local(batch["tokens"]), torch.randn_like(p)).backward()
+        assert ("kit.augment.C" in gradients(made)) == loss
+
+
+def test_moving_averages_change_only_while_training_and_are_the_points_means():
+    made, batch = distiller(train_prototypes="ema", token_dropout=0), samples()
+    made.kit.averages.start(made.kit.augment.C.data)
+    before = made.kit.augment.C.clone()
+    made.eval()(batch)
+    assert torch.equal(before, made.kit.augment.C)
+    made.train()(batch)
+    assert not torch.equal(before, made.kit.augment.C)
+
+
+def test_the_first_epoch_of_swav_leaves_the_prototypes_alone(tmp_path):
+    starts, after = [], []
+    for epochs in (1, 2):
+        method = options(train_prototypes="sinkhorn", infer="aug")
+        run = tiny_run(tmp_path / str(epochs), method=method, train={"epochs": epochs, "weight_decay": 0.5})
+        with run.seeded("kit"):
+            run.student()
+            starts.append(prockd.Kit(CHANNELS, WIDTH, method).augment.C.detach())
+        after.append(prockd.distill(run.cfg, run).augment.C.detach())
+    assert torch.equal(starts[0], after[0])
+    assert not torch.equal(starts[1], after[1])
+
+
 def test_kmeans_finds_separated_groups():
     centres = torch.tensor([[0.0, 0.0], [9.0, 0.0], [0.0, 9.0]])
     points = (centres[:, None] + 0.1 * torch.randn(3, 20, 2)).flatten(0, 1)
@@ -248,6 +284,8 @@ def test_kmeans_finds_separated_groups():
         {"proto_reduce": 3},
         {"token_dropout": 0.5},
         {"w_KA": 1.0},
+        {"train_prototypes": "ema"},
+        {"train_prototypes": "sinkhorn"},
     ],
 )
 def test_every_switch_trains(tmp_path, keys):
@@ -269,12 +307,18 @@ def test_a_width_other_than_the_students_is_refused():
         distiller(d=7)
 
 
+def test_a_learner_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="train_prototypes=ema learns from teacher tokens"):
+        options(train_prototypes="ema", **OFF)
+
+
 def test_a_collapsing_combination_is_refused():
     with pytest.raises(ValueError, match="w_T=0 with stop_grad"):
         options(w_T=0)
 
 
-def test_killed_midway_aug_mode_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("learner", [True, "ema", "sinkhorn"])
+def test_killed_midway_aug_mode_ends_with_the_same_bits(tmp_path, learner):
     class Killed(BaseException):
         pass
 
@@ -284,7 +328,7 @@ def test_killed_midway_aug_mode_ends_with_the_same_bits(tmp_path):
                 raise Killed
             return super().pick(index, epoch)
 
-    method = options(infer="aug", token_dropout=0.3)
+    method = options(infer="aug", token_dropout=0.3, train_prototypes=learner)
     whole = tiny_run(tmp_path / "whole", method=method)
     expected = weights(prockd.distill(whole.cfg, whole))
     dying = tiny_run(tmp_path / "killed", method=method, batches=Dying())

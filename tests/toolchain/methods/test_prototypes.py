@@ -14,9 +14,18 @@ from tests.toolchain.methods.doubles import (
     tiny_run,
     weights,
 )
+from toolchain.checkpoint import load_tensors
 from toolchain.methods import prockd
 from toolchain.methods.options import ProCKD as Options
-from toolchain.methods.prototypes import Banks, first_tokens, unit
+from toolchain.methods.prototypes import (
+    Banks,
+    MovingAverages,
+    balanced_codes,
+    commitment,
+    first_tokens,
+    swapped_prediction,
+    unit,
+)
 
 
 def banks(count=5, temperature=0.1):
@@ -30,7 +39,7 @@ def test_the_assignment_and_its_loss_are_the_formulas():
     made, s = banks(), torch.randn(3, 4, WIDTH)
     t = samples()["tokens"][:3]
     found = made.assignment(t)
-    loss, _ = made(s, found)
+    loss, _ = made(s, t)
     total, logits = 0.0, made.predict(s)
     for tap, (start, end) in enumerate(((0, 4), (4, 10))):
         c, part = made.C[:, start:end], t[..., start:end]
@@ -91,10 +100,72 @@ def test_the_preset_adds_its_weighted_loss_and_nothing_else():
 
 def test_another_images_assignment_is_a_harder_target():
     batch, right, wrong = samples(), distiller(), distiller(control="other_image")
-    assignment = right.banks.assignment(batch["tokens"])
-    tokens = torch.randn(len(assignment), 4, WIDTH)
     assert wrong(batch)["assignment_kl"] != right(batch)["assignment_kl"]
-    torch.testing.assert_close(right.banks(tokens, assignment.roll(1, 0))[1], right.banks(tokens, assignment)[1])
+    torch.testing.assert_close(wrong(batch)["bank_perplexity"], right(batch)["bank_perplexity"])
+
+
+def test_balanced_codes_use_every_prototype_alike():
+    scores = torch.randn(600, 5).mul(0.1) + torch.tensor([0.5, 0, 0, 0, 0])
+    codes = balanced_codes(scores)
+    torch.testing.assert_close(codes.sum(1), torch.ones(600))
+    torch.testing.assert_close(codes.sum(0), torch.full((5,), 120.0), rtol=0.1, atol=0)
+    assert (scores / 0.05).softmax(1).sum(0)[0] > 500
+
+
+def test_swapped_prediction_is_the_formula_and_trains_both_views():
+    one, other = torch.randn(8, 5, requires_grad=True), torch.randn(8, 5, requires_grad=True)
+    loss = swapped_prediction(one, other)
+    expected = 0.0
+    for seen, hidden in ((one, other), (other, one)):
+        expected -= (balanced_codes(hidden) * (seen / 0.1).softmax(1).log()).sum(1).mean().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert one.grad.any()
+    assert other.grad.any()
+
+
+def test_moving_averages_are_the_recurrence():
+    points, prototypes = torch.tensor([[4.0, 0.0]] * 300 + [[0.0, 8.0]] * 300), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    learner = MovingAverages(2, 2)
+    learner.start(prototypes)
+    size, total = 1.0, torch.tensor([1.0, 0.0])
+    for _ in range(3):
+        learner.update(points, prototypes)
+        size, total = 0.99 * size + 0.01 * 300, 0.99 * total + 0.01 * 300 * points[0]
+        torch.testing.assert_close(prototypes[0], total / size)
+    for _ in range(50):
+        learner.update(points, prototypes)
+    torch.testing.assert_close(prototypes, torch.tensor([[4.0, 0.0], [0.0, 8.0]]), rtol=0.05, atol=0)
+
+
+def test_a_dead_prototype_becomes_a_point():
+    prototypes = torch.tensor([[1.0, 0.0], [99.0, 99.0]])
+    learner = MovingAverages(2, 2)
+    learner.start(prototypes)
+    learner.update(torch.tensor([[1.0, 0.5]] * 200), prototypes)
+    torch.testing.assert_close(prototypes[1], torch.tensor([1.0, 0.5]))
+
+
+def test_commitment_pulls_points_to_the_nearest_prototype_alone():
+    points = torch.tensor([[1.0, 0.0], [0.0, 3.0]], requires_grad=True)
+    prototypes = torch.tensor([[2.0, 0.0], [0.0, 2.0]], requires_grad=True)
+    commitment(points, prototypes).backward()
+    torch.testing.assert_close(points.grad, 0.25 * torch.tensor([[-1.0, 0.0], [0.0, 1.0]]))
+    assert prototypes.grad is None
+
+
+@pytest.mark.parametrize("learner", ["ema", "sinkhorn"])
+def test_banks_that_go_on_learning(tmp_path, learner):
+    method = Options(name="prockd", preset="assignment", K=5, train_prototypes=learner)
+    found = []
+    for epochs in (1, 3):
+        run = tiny_run(tmp_path / str(epochs), method=method, train={"epochs": epochs})
+        before = weights(student())
+        assert not same(before, weights(prockd.distill(run.cfg, run)))
+        found.append(load_tensors(run.folders[-1] / "model.safetensors")["banks.C"])
+        norms = [part.norm(dim=-1).max() for part in found[-1].split(list(TAP_CHANNELS), -1)]
+        assert max(norms) < 1.5
+    assert not torch.equal(*found)
 
 
 def test_a_control_of_nothing_is_refused():
