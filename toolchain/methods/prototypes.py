@@ -197,7 +197,7 @@ class Banks(nn.Module):
         return (self.scores(tokens) / self.temperature).softmax(-1)
 
     def forward(self, tokens: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """L_P of student tokens (B, N, d) beside ``teacher``'s (B, N, c), and the mean usage perplexity of the banks."""
+        """L_P of student tokens (B, N, d) beside ``teacher``'s (B, N, c), and the banks' mean usage perplexity."""
         logits = self.predict(tokens).float().unflatten(-1, (len(self.widths), self.count))
         if self.averages and self.training:
             parts = zip(self.averages, self.parts(teacher), self.parts(self.C), strict=True)
