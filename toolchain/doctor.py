@@ -11,6 +11,7 @@ import json
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ DISTILL = "torch torchvision timm transformers accelerate safetensors onnx onnxs
 DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "sklearn": "scikit-learn"}
 ORT = ("onnxruntime", "onnxruntime-gpu")
 CLASH = "one overwrites the other: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'edgestill[ort-gpu]'"
+SLOW = 1.5  # times the cost of float32 from which bfloat16 is not worth having
 TIMEOUT = 60.0  # seconds for one probe
 
 # y = Identity(x), float32 (n,): opset 13, IR 7; written out so that the check needs no onnx package.
@@ -48,7 +50,12 @@ class Check:
 
 def examine() -> list[Check]:
     """Every check, in order of group; takes a few seconds, imports nothing heavy into this process."""
-    probes = [*(f"provider:{name}" for name in PROVIDERS), *(f"builder:{name}" for name in BACKENDS), "device:cuda"]
+    probes = [
+        *(f"provider:{name}" for name in PROVIDERS),
+        *(f"builder:{name}" for name in BACKENDS),
+        "device:cuda",
+        "device:bf16",
+    ]
     with ThreadPoolExecutor(2) as pool:
         probed = list(pool.map(_in_process, probes))
     return [*_packages(), *(check for checks in probed for check in checks)]
@@ -133,7 +140,32 @@ def _builder(name: str) -> list[Check]:
     return [Check(name, "builder", ok, trt.__version__ if ok else reason, "" if ok else remedy)]
 
 
-def _device(_: str) -> list[Check]:
+def bf16_cost() -> float:
+    """How many times as long as in float32 a matrix product takes in bfloat16 on this CPU.
+
+    Raises EdgestillError without torch.
+    """
+    torch = import_or_explain("torch", "distill")
+    best = []
+    for kind in (torch.float32, torch.bfloat16):
+        one, times = torch.ones(256, 256, dtype=kind), []
+        for _ in range(4):
+            start = time.perf_counter()
+            one @ one
+            times.append(time.perf_counter() - start)
+        best.append(min(times))
+    return float(best[1] / best[0])
+
+
+def _device(name: str) -> list[Check]:
+    if name == "bf16":
+        try:
+            cost = bf16_cost()
+        except EdgestillError as error:
+            return [Check(name, "device", False, str(error).partition("; ")[0], "pip install 'edgestill[distill]'")]
+        ok = cost < SLOW
+        detail = f"a product on the CPU takes {cost:.1f} times as long as in fp32"
+        return [Check(name, "device", ok, detail, "" if ok else "train with precision: fp32 on this CPU")]
     if importlib.util.find_spec("cuda") is None:
         return [Check("cuda", "device", False, "cuda-python is not installed", "pip install 'edgestill[trt-rtx]'")]
     try:

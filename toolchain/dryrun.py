@@ -1,4 +1,4 @@
-"""``--dry-run``: data, teacher taps and shapes are checked with two samples; nothing is trained."""
+"""``--dry-run``, and the first thing of a run: data, teacher taps and shapes are checked with two samples."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import Any
 
 from toolchain.config import validate
 from toolchain.stage import console, guard
-from toolchain.tasks import load_task
+from toolchain.tasks import load_data, load_task
 
 
-def check(path: Path) -> dict[str, Any]:
-    """Prepare the data in memory, and let the task build its networks and run two samples through them."""
+def check(path: Path, made: Path | None = None) -> dict[str, Any]:
+    """Let the task build its networks and run two samples through them, of the data in the folder ``made``, or
+    prepared in memory."""
     cfg = validate(json.loads(path.read_text(encoding="utf-8")))
     task = load_task(cfg.task)
+    if made is not None:
+        shapes: dict[str, Any] = task.dry_run(cfg, load_data(made))
+        return shapes
     data = task.prepare(cfg.data)
     result: dict[str, Any] = {"samples": {name: len(split) for name, split in data.splits.items()}}
     console.print(
@@ -28,4 +32,4 @@ def check(path: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(guard(lambda: print(json.dumps(check(Path(sys.argv[1]))))))
+    raise SystemExit(guard(lambda: print(json.dumps(check(*map(Path, sys.argv[1:]))))))

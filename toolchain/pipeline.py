@@ -166,12 +166,26 @@ class Pipeline:
             for left_over in [*self.root.glob(".*.tmp"), *self.root.glob(".*.old")]:
                 artifact.remove(left_over)
             artifact.write_json(self.root / "config.json", self.cfg.model_dump(mode="json"))
-            for stage in stages:
+            for place, stage in enumerate(stages):
+                if place == 1 and self._teacher_to_make(stages):
+                    self._check_networks()
                 self._step(stage, outcome)
             for stage in [] if last else measure(self.cfg, stages, outcome.failed):
                 self._step(stage, outcome)
             artifact.remove(self.root / ".work")
         return outcome
+
+    def _teacher_to_make(self, stages: Sequence[Stage]) -> bool:
+        """Whether a stage between the data and the student would be made."""
+        names = [stage.name for stage in stages]
+        before = stages[1 : names.index("student")] if "student" in names else []
+        return any(self.stale(stage) for stage in before)
+
+    def _check_networks(self) -> None:
+        """Before a teacher costs time: a network that cannot be built from this config ends the run."""
+        command = child.command("toolchain.dryrun", str(self.root / "config.json"), str(self.root / "data"))
+        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+            raise EdgestillError("these networks cannot be built; nothing was trained")
 
     def job(self, stage: Stage) -> Job:
         inputs = {role: self.root / name for role, name in stage.inputs.items()}

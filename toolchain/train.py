@@ -30,6 +30,7 @@ from toolchain.artifact import EdgestillError
 from toolchain.batches import Batches, TrainingError
 from toolchain.config import Config, TrainSection
 from toolchain.distiller import Distiller, fingerprint, frozen_parts
+from toolchain.doctor import SLOW, bf16_cost
 from toolchain.stage import Bar, console, progress
 from toolchain.tasks import Data, load_task
 
@@ -232,6 +233,8 @@ class _Training:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self.device = self.accelerator.device
+        if recipe.precision == "bf16" and self.device.type == "cpu" and (cost := bf16_cost()) > SLOW:
+            run.say(f"bf16 takes {cost:.0f} times as long as fp32 on this CPU; train.precision=fp32 is faster here")
         self.distiller = distiller.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = distiller.param_groups(recipe.lr)
         self.parameters = [parameter for group in groups for parameter in group["params"]]

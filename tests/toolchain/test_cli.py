@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain import commands
+from toolchain import artifact, commands
 from toolchain.artifact import EdgestillError
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +110,17 @@ def test_a_dry_run_checks_data_taps_and_shapes(tmp_path: Path) -> None:
     assert reply.returncode != 0
     assert "blocks.77" in reply.stderr
     assert "Traceback" not in reply.stderr
+
+
+def test_a_wrong_student_ends_a_run_before_its_teacher_is_made(tmp_path: Path) -> None:
+    small = ["teacher.model=test_efficientnet", "teacher.weights=random", "teacher.taps=null", "student.model=smal_cnn"]
+    reply = edgestill("run", DIGITS, *small, "--out", str(tmp_path / "run"))
+    assert reply.returncode != 0
+    assert "student.model: no timm model 'smal_cnn'" in reply.stderr
+    assert "nothing was trained" in reply.stderr
+    assert "Traceback" not in reply.stderr
+    assert artifact.is_whole(tmp_path / "run" / "data")
+    assert not (tmp_path / "run" / "features").exists()
 
 
 def test_a_table_that_cannot_be_drawn_is_an_error_without_a_traceback(

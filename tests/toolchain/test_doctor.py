@@ -92,3 +92,18 @@ def test_a_probe_that_crashes_or_hangs_is_a_failed_check(
     assert not check.ok
     assert detail in check.detail
     assert check.remedy
+
+
+def test_bf16_on_the_cpu_is_judged_by_its_speed(checks: list[Check], monkeypatch: pytest.MonkeyPatch) -> None:
+    bf16 = next(check for check in checks if check.name == "bf16")
+    assert "times as long as in fp32" in bf16.detail
+    monkeypatch.setattr(doctor, "bf16_cost", lambda: 17.0)
+    assert doctor._device("bf16") == [
+        Check(
+            "bf16",
+            "device",
+            False,
+            "a product on the CPU takes 17.0 times as long as in fp32",
+            "train with precision: fp32 on this CPU",
+        )
+    ]

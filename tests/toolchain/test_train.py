@@ -457,3 +457,11 @@ def test_two_processes_resume_to_the_same_bits(tmp_path):
     assert [code == 0 for code in codes] == [True, False, True]
     whole, killed = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(value, killed[name]) for name, value in whole.items())
+
+
+def test_bf16_where_it_is_emulated_is_told(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("toolchain.train.bf16_cost", lambda: 17.2)
+    run = tiny_run(tmp_path, train={"epochs": 1, "precision": "bf16"})
+    run.quiet = False
+    run.stage("student", Plain(student()), TinyBatches(), run.cfg.train)
+    assert "bf16 takes 17 times as long as fp32 on this CPU" in capfd.readouterr().err
