@@ -242,6 +242,7 @@ def training(curves: Mapping[str, Sequence[tuple[float, float]]], axis: str) -> 
     panels = [(title, part) for title, names in groups(curves).items() for part in _by_size(title, names, curves)]
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
+    last = max((x for points in curves.values() for x, _ in points), default=1)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout="constrained")
         FigureCanvasAgg(figure)
@@ -255,6 +256,7 @@ def training(curves: Mapping[str, Sequence[tuple[float, float]]], axis: str) -> 
             values = np.concatenate([np.array(curves[name])[:, 1] for name in names])
             if title == "losses" and values.min() > 0 and values.max() > 50 * values.min():
                 axes.set_yscale("log")
+            axes.set_xlim(-0.03 * last, 1.03 * last)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             axes.set_title(title)
             axes.set_xlabel(axis)
