@@ -32,9 +32,9 @@ def test_every_config_loads(path: Path) -> None:
 
 
 def test_overrides_are_typed_and_nested() -> None:
-    overrides = ["student.width=16", "train.lr=1e-3", "method.w_KL=3", "compile.targets=[sm_89]", "bench.batches=[2]"]
+    overrides = ["student.width=16", "train.lr=1e-3", "method.w_P=3", "compile.targets=[sm_89]", "bench.batches=[2]"]
     cfg = load(DIGITS, overrides)
-    assert (cfg.student.width, cfg.train.lr, cfg.method.w_KL) == (16, 1e-3, 3.0)
+    assert (cfg.student.width, cfg.train.lr, cfg.method.w_P) == (16, 1e-3, 3.0)
     assert (cfg.compile.targets, cfg.bench.batches) == (("sm_89",), (2,))
 
 
@@ -93,7 +93,7 @@ def test_a_wrong_item_is_one_fault(tmp_path: Path) -> None:
 
 
 def test_a_collapsing_prockd_is_refused(tmp_path: Path) -> None:
-    assert "collapses" in fault(tmp_path, DIGITS.read_text(), "method.w_T=0")
+    assert "collapses" in fault(tmp_path, DIGITS.read_text(), "method.preset=default", "method.w_T=0", "method.w_KL=1")
 
 
 @pytest.mark.parametrize("text", ["", "- a", "a: [", "a: 1\n\tb: 2", "3", "!!python/object:os.system {}", "\x00"])
