@@ -23,7 +23,8 @@ What is known, and from where (we have not seen the paper's body):
   grid bilinearly before the head, and the KL is per pixel that counts.
 
 L_P is our extension, preset ``assignment``: see ``toolchain/methods/prototypes.py``. It uses none of the modules above.
-With ``train_prototypes: ema`` or ``sinkhorn`` the task's losses do not reach C: it follows unit(P), as described there.
+With ``train_prototypes: ema`` or ``sinkhorn`` the task's losses do not reach C: it follows unit(P), as described there
+(``sinkhorn``: and the student's tokens, which learn from it too). Both learn from one process's tokens alone.
 
 Deliberate deviations: the residuals are never materialised, V_k = (A^T X)_k - (sum_n A_nk) C_k; norms, residuals and
 softmaxes are in float32 under autocast.
