@@ -15,7 +15,7 @@ import importlib.util
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,15 +131,7 @@ def measure(rounds: int, threads: int) -> dict[str, Any]:
                 console.print(f"    round {number}/{rounds} {name}: {value:.0f} samples/s", markup=False)
                 if number:
                     samples[name].append(value)
-    rows: dict[str, Any] = {
-        name: {
-            "samples_per_second": statistics.median(values),
-            "epoch_time_vs_plain": statistics.median(p / v for p, v in zip(samples["plain"], values, strict=True)),
-            "spread": max(values) / min(values) - 1,
-            "raw": values,
-        }
-        for name, values in samples.items()
-    }
+    rows = rates(samples)
     if not present:
         rows["fitnet, torchdistill"] = {"status": "not installed: pip install torchdistill"}
     machine = environment() | {"threads": threads}
@@ -153,8 +145,23 @@ def measure(rounds: int, threads: int) -> dict[str, Any]:
     return {"pair": pair | {"batch": BATCH}, "rounds": rounds, "rows": rows, "environment": machine, "versions": used}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def rates(samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Rows of samples per second over rounds; the first variant is plain training, which the others are set against."""
+    plain = next(iter(samples.values()))
+    return {
+        name: {
+            "samples_per_second": statistics.median(values),
+            "epoch_time_vs_plain": statistics.median(p / v for p, v in zip(plain, values, strict=True)),
+            "spread": max(values) / min(values) - 1,
+            "raw": list(values),
+        }
+        for name, values in samples.items()
+    }
+
+
+def main(measure: Callable[[int, int], dict[str, Any]] = measure, about: str | None = __doc__) -> None:
+    """The command line of a speed benchmark: ``measure(rounds, threads)``, printed and written."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)

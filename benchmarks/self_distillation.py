@@ -1,10 +1,10 @@
 """What a self-distillation costs on top of cross-entropy: the teacher asked in every step, or its logits kept.
 
-    python -m benchmarks.self_distillation [--rounds 5] [--threads 2] [--out benchmarks/results/self_distillation.json]
+    python -m benchmarks.self_distillation [--rounds 3] [--threads 2] [--out benchmarks/results/self_distillation.json]
 
-One process, interleaved rounds A B C D A B C D. Each trains a generation on the same windows of made-up questions, with
-a random encoder of the size of multilingual MiniLM (12 layers, 384 wide): speed depends on neither. The unit is windows
-per second of the training loop's own clock, the computing of the kept logits included.
+One process, interleaved rounds that begin with another variant each. A variant trains a generation on the same windows
+of made-up questions, with a random encoder of the size of multilingual MiniLM (12 layers, 384 wide): speed depends on
+neither. The unit is windows per second of the training loop's own clock, the computing of the kept logits included.
 
 Within a generation every window is met once, so keeping its logits spares nothing by itself. It pays where they are met
 again: by the next system of a study (``taken over``), and by a training that goes on after an interruption.
@@ -12,13 +12,12 @@ again: by the next system of a study (``taken over``), and by a training that go
 
 from __future__ import annotations
 
-import argparse
 import json
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.distillation import main, rates
 from benchmarks.environment import environment
 from toolchain.artifact import create, versions
 from toolchain.config import Config, validate
@@ -46,6 +45,13 @@ def config(variant: str, threads: int, quick: bool) -> Config:
     )
 
 
+def order(number: int) -> list[str]:
+    """The variants of a round: another one is first in each, and TAKEN follows KEPT, whose logits it takes."""
+    groups = [[PLAIN], [LIVE], [KEPT, TAKEN]]
+    first = number % len(groups)
+    return [name for group in groups[first:] + groups[:first] for name in group]
+
+
 def measure(rounds: int, threads: int, quick: bool = False) -> dict[str, Any]:
     """Windows per second of each variant over interleaved rounds, after a round of warm-up."""
     samples: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -56,8 +62,7 @@ def measure(rounds: int, threads: int, quick: bool = False) -> dict[str, Any]:
             save_data(draft.path, load_task(cfg.task).prepare(cfg.data))
         data = load_data(root / "data")
         for number in range(rounds + 1):
-            for name in VARIANTS:
-                # the one before TAKEN is KEPT, which leaves its logits in the same folder
+            for name in order(number):
                 shared = root / f"shared-{number}" if name in (KEPT, TAKEN) else None
                 run = Run(
                     config(name, threads, quick),
@@ -72,15 +77,7 @@ def measure(rounds: int, threads: int, quick: bool = False) -> dict[str, Any]:
                 console.print(f"    round {number}/{rounds} {name}: {value:.1f} windows/s", markup=False)
                 if number:
                     samples[name].append(value)
-    rows = {
-        name: {
-            "samples_per_second": statistics.median(values),
-            "epoch_time_vs_plain": statistics.median(p / v for p, v in zip(samples[PLAIN], values, strict=True)),
-            "spread": max(values) / min(values) - 1,
-            "raw": values,
-        }
-        for name, values in samples.items()
-    }
+    rows = rates(samples)
     pair = {
         "student": "small",
         "options": SMALL if quick else ENCODER,
@@ -91,17 +88,5 @@ def measure(rounds: int, threads: int, quick: bool = False) -> dict[str, Any]:
     return {"pair": pair, "rounds": rounds, "rows": rows, "environment": machine, "versions": used}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    text = json.dumps(measure(arguments.rounds, arguments.threads), indent=1)
-    if arguments.out:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
-
-
 if __name__ == "__main__":
-    main()
+    main(measure, __doc__)

@@ -33,7 +33,7 @@ def _set(example: str) -> Any:
     return typer.Option("--set", metavar="KEY=VALUE", help=f"A setting, such as {example}.", show_default=False)
 
 
-def _do(action: Callable[[], None], debug: bool = False) -> None:
+def _do(action: Callable[[], int | None], debug: bool = False) -> None:
     from toolchain.stage import guard
 
     if debug:
@@ -59,14 +59,13 @@ def run(
 ) -> None:
     """Every stage of a config, skipping what is fresh: data, teacher, student, ONNX, engines, bench, report."""
 
-    def action() -> None:
+    def action() -> int:
         from toolchain import commands
 
         result = commands.run(config, overrides or [], out, dry_run=dry_run, show=not json)
         if json:
             _print_json(result)
-        if result.get("failed"):
-            raise typer.Exit(commands.INCOMPLETE)
+        return commands.INCOMPLETE if result.get("failed") else 0
 
     _do(action, debug)
 
@@ -154,14 +153,13 @@ def bench(
 ) -> None:
     """Measure folders side by side: latency and memory, and accuracy where the data is at hand."""
 
-    def action() -> None:
+    def action() -> int:
         from toolchain import commands
 
         result = commands.bench_result(commands.bench(folders, overrides or [], out, data, show=not json))
         if json:
             _print_json(result)
-        if commands.failures(result["rows"]):
-            raise typer.Exit(commands.INCOMPLETE)
+        return commands.INCOMPLETE if commands.failures(result["rows"]) else 0
 
     _do(action, debug)
 

@@ -184,8 +184,11 @@ class Pipeline:
     def _check_networks(self) -> None:
         """Before a teacher costs time: a network that cannot be built from this config ends the run."""
         command = child.command("toolchain.dryrun", str(self.root / "config.json"), str(self.root / "data"))
-        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-            raise EdgestillError("these networks cannot be built; nothing was trained")
+        code = _wait(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        if code in (INTERRUPTED, -signal.SIGINT):
+            raise KeyboardInterrupt
+        if code:
+            raise EdgestillError("the check of the networks failed; nothing was trained")
 
     def job(self, stage: Stage) -> Job:
         inputs = {role: self.root / name for role, name in stage.inputs.items()}

@@ -86,23 +86,20 @@ def progress(description: str, total: int) -> Iterator[Bar]:
         yield Bar(bars, description, total)
 
 
-def guard(action: Callable[[], None]) -> int:
-    """Run ``action``; a user's error becomes one message and an exit code, not a traceback."""
+def guard(action: Callable[[], int | None]) -> int:
+    """The exit code of ``action``, None is 0. An error is one message, and a traceback only with EDGESTILL_DEBUG."""
     try:
-        action()
-    except EdgestillError as error:
-        if os.environ.get("EDGESTILL_DEBUG"):
-            raise
-        console.print(f"error: {error}", markup=False, style="red")
-        return WRONG_USE if isinstance(error, UsageError) else FAILED
-    except OSError as error:  # a folder that cannot be written, a full disc
-        if os.environ.get("EDGESTILL_DEBUG"):
-            raise
-        console.print(f"error: {error}", markup=False, style="red")
-        return FAILED
+        return action() or 0
     except KeyboardInterrupt:
         return INTERRUPTED
-    return 0
+    except Exception as error:
+        if os.environ.get("EDGESTILL_DEBUG"):
+            raise
+        text = str(error)
+        if not isinstance(error, (EdgestillError, OSError)):
+            text = f"{type(error).__name__}: {text} (an unexpected error; EDGESTILL_DEBUG=1 shows its traceback)"
+        console.print(f"error: {text}", markup=False, style="red")
+        return WRONG_USE if isinstance(error, UsageError) else FAILED
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -108,6 +108,8 @@ class Run:
         self.task = self.task or load_task(self.cfg.task)
         if self.cfg.train.threads:
             torch.set_num_threads(self.cfg.train.threads)
+        if self.cfg.train.precision == "bf16" and self.device.type == "cpu" and (cost := bf16_cost()) > SLOW:
+            self.say(f"bf16 takes {cost:.0f} times as long as fp32 on this CPU; train.precision=fp32 is faster here")
         self.seed("start")
 
     @property
@@ -233,8 +235,6 @@ class _Training:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         self.device = self.accelerator.device
-        if recipe.precision == "bf16" and self.device.type == "cpu" and (cost := bf16_cost()) > SLOW:
-            run.say(f"bf16 takes {cost:.0f} times as long as fp32 on this CPU; train.precision=fp32 is faster here")
         self.distiller = distiller.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         groups = distiller.param_groups(recipe.lr)
         self.parameters = [parameter for group in groups for parameter in group["params"]]

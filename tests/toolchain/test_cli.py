@@ -12,6 +12,7 @@ import pytest
 
 from toolchain import artifact, commands
 from toolchain.artifact import EdgestillError
+from toolchain.stage import guard
 
 ROOT = Path(__file__).parents[2]
 DIGITS = str(ROOT / "configs" / "digits.yaml")
@@ -110,6 +111,19 @@ def test_a_dry_run_checks_data_taps_and_shapes(tmp_path: Path) -> None:
     assert reply.returncode != 0
     assert "blocks.77" in reply.stderr
     assert "Traceback" not in reply.stderr
+
+
+def test_a_bug_is_one_line_and_a_traceback_on_request(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("a bug")
+
+    assert guard(broken) == 1
+    assert "ZeroDivisionError: a bug (an unexpected error" in capfd.readouterr().err
+    monkeypatch.setenv("EDGESTILL_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        guard(broken)
 
 
 def test_a_wrong_student_ends_a_run_before_its_teacher_is_made(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from toolchain.batches import Batches, TrainingError
 from toolchain.config import TrainSection
 from toolchain.distiller import Distiller, Frozen
 from toolchain.methods.plain import Plain
-from toolchain.train import lr_factor, read_metrics
+from toolchain.train import Run, lr_factor, read_metrics
 
 
 class Killed(BaseException):
@@ -424,7 +424,10 @@ def test_checkpoints_are_tensors_and_json_two_kept_leftovers_removed(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_resume_to_the_same_bits(tmp_path):
+@pytest.mark.parametrize(
+    "keys", ["", "train_prototypes='ema'", "preset='assignment'", "preset='assignment', train_prototypes='ema'"]
+)
+def test_two_processes_resume_to_the_same_bits(tmp_path, keys):
     script = tmp_path / "two.py"
     script.write_text(
         textwrap.dedent("""
@@ -441,11 +444,11 @@ def test_two_processes_resume_to_the_same_bits(tmp_path):
                     if self.fetched == int(sys.argv[2]):
                         raise RuntimeError("killed")
                     return super().pick(index, epoch)
-            run = tiny_run(Path(sys.argv[1]), method=ProCKD(name="prockd", K=5), batches=Dying())
+            run = tiny_run(Path(sys.argv[1]), method=ProCKD(name="prockd", K=5, KEYS), batches=Dying())
             student = prockd.distill(run.cfg, run)
             if state.is_main_process:
                 save_file(student.state_dict(), sys.argv[1] + ".safetensors")
-        """)
+        """).replace(", KEYS", f", {keys}" if keys else "")
     )
     root = Path(__file__).parents[2]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
@@ -459,9 +462,9 @@ def test_two_processes_resume_to_the_same_bits(tmp_path):
     assert all(torch.equal(value, killed[name]) for name, value in whole.items())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of trainings on the CPU")
 def test_bf16_where_it_is_emulated_is_told(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("toolchain.train.bf16_cost", lambda: 17.2)
     run = tiny_run(tmp_path, train={"epochs": 1, "precision": "bf16"})
-    run.quiet = False
-    run.stage("student", Plain(student()), TinyBatches(), run.cfg.train)
+    Run(run.cfg, run.data, {}, tmp_path, task=run.task)
     assert "bf16 takes 17 times as long as fp32 on this CPU" in capfd.readouterr().err

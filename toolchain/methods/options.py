@@ -117,13 +117,24 @@ class ProCKD(Section):
             raise ValueError(f"control={self.control} breaks the assignment, which w_P=0 leaves out; set w_P")
         if self.infer == "aug" and not self.feature_augmentation:
             raise ValueError("infer=aug needs feature_augmentation")
-        if self.learner and not (self.w_T or self.w_KL or self.w_P):
-            raise ValueError(
-                f"train_prototypes={self.learner} learns from teacher tokens, which w_T, w_KL and w_P of 0 leave out"
-            )
-        if self.learner and self.control == "shuffled":
-            raise ValueError("control=shuffled breaks prototypes that are learned before; leave train_prototypes out")
+        if self.learner:
+            self._sound_learner()
         return self
+
+    def _sound_learner(self) -> None:
+        branch, learner = bool(self.w_T or self.w_KL), f"train_prototypes={self.learner}"
+        if not (branch or self.w_P):
+            raise ValueError(f"{learner} learns from teacher tokens, which w_T, w_KL and w_P of 0 leave out")
+        if not branch and (self.w_A or self.w_KA or self.infer == "aug"):
+            raise ValueError(f"{learner} learns in the teacher branch, which w_T and w_KL of 0 leave out; set one")
+        if branch and not (self.prototype_learning or self.feature_augmentation):
+            raise ValueError(f"{learner} without prototype_learning and feature_augmentation: nothing uses them")
+        if self.control == "shuffled":
+            raise ValueError("control=shuffled breaks prototypes that are learned before; leave train_prototypes out")
+        if self.learner == "ema" and self.proto_init != "uniform":
+            raise ValueError(f"{learner} replaces what proto_init={self.proto_init} sets; leave proto_init out")
+        if self.learner == "sinkhorn" and self.temperature != 0.1:
+            raise ValueError("temperature is SwAV's .1 with train_prototypes=sinkhorn; leave it out")
 
     @property
     def learner(self) -> Literal["ema", "sinkhorn"] | None:

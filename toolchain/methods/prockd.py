@@ -24,7 +24,7 @@ What is known, and from where (we have not seen the paper's body):
 
 L_P is our extension, preset ``assignment``: see ``toolchain/methods/prototypes.py``. It uses none of the modules above.
 With ``train_prototypes: ema`` or ``sinkhorn`` the task's losses do not reach C: it follows unit(P), as described there
-(``sinkhorn``: and the student's tokens, which learn from it too). Both learn from one process's tokens alone.
+(``sinkhorn``: and the student's tokens, which that loss does not reach).
 
 Deliberate deviations: the residuals are never materialised, V_k = (A^T X)_k - (sum_n A_nk) C_k; norms, residuals and
 softmaxes are in float32 under autocast.
@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from toolchain.artifact import EdgestillError
@@ -47,7 +48,6 @@ from toolchain.losses import accuracy, cross_entropy, kl, usage_perplexity, vali
 from toolchain.methods.options import ProCKD as Options
 from toolchain.methods.prototypes import (
     Banks,
-    Held,
     MovingAverages,
     commitment,
     first_tokens,
@@ -138,7 +138,6 @@ class Kit(nn.Module):
         self.augment.C.requires_grad_(options.train_prototypes in (True, "sinkhorn"))
         self.augment.task_gradient = learner is None
         self.averages = MovingAverages(options.K, width) if learner == "ema" else None
-        self.held = Held() if learner == "sinkhorn" else None
 
     def local(self, tokens: Tensor) -> Tensor:
         """Teacher tokens (B, N, c) -> P (B, N, d)."""
@@ -149,18 +148,17 @@ class Kit(nn.Module):
         """P -> R (B, N, d) and the assignment, None without prototype learning."""
         return self.prototypes(p, self.augment.prototypes) if self.learning else (p, None)
 
-    def learn(self, p: Tensor, s: Tensor) -> Tensor | None:
-        """The loss of the prototypes' own learner, None without one; P and the student's tokens S, both (B, N, d)."""
-        points = unit(p).flatten(0, 1)
+    def learn(self, p: Tensor, s: Tensor, frozen: bool) -> Tensor:
+        """The loss of the prototypes' own learner; P and the student's tokens S, both (B, N, d)."""
+        points, c = unit(p).flatten(0, 1), self.augment.C
         if self.averages is not None:
+            loss = commitment(points, c)
             if self.training:
-                self.averages.update(points.detach(), self.augment.C.data)
-            return commitment(points, self.augment.C)
-        if self.held is not None:
-            c = unit(self.held(self.augment.C)).T
-            with torch.autocast(p.device.type, enabled=False):
-                return swapped_prediction(points @ c, unit(s).flatten(0, 1) @ c)
-        return None
+                c.data.copy_(self.averages.update(points.detach()))
+            return loss
+        axes = unit(c.detach() if frozen else c).T
+        with torch.autocast(p.device.type, enabled=False):
+            return swapped_prediction(points @ axes, unit(s.detach()).flatten(0, 1) @ axes)
 
     def aug(self, q: Tensor) -> Tensor:
         return self.augment(q) if self.augmenting else q
@@ -193,10 +191,17 @@ def aug_student(student: nn.Module, options: Mapping[str, Any] | Options) -> Aug
 
 
 class ProCKD(Distiller):
-    """``widths``: channels of the teacher's taps, whose concatenated tokens lie on ``grid``."""
+    """``widths``: channels of the teacher's taps, whose concatenated tokens lie on ``grid``. ``rest``: the share of the
+    training in which SwAV's prototypes are frozen, its first epoch (Caron et al., appendix A)."""
 
     def __init__(
-        self, student: nn.Module, widths: Sequence[int], grid: Grid, options: Options, ignore_index: int | None = None
+        self,
+        student: nn.Module,
+        widths: Sequence[int],
+        grid: Grid,
+        options: Options,
+        ignore_index: int | None = None,
+        rest: float = 0.0,
     ) -> None:
         super().__init__()
         width = int(student.width)  # type: ignore[arg-type]
@@ -205,7 +210,7 @@ class ProCKD(Distiller):
         self.student = student
         self.kit = Kit(sum(widths), width, options)
         self.banks = Banks(width, widths, options.K, options.temperature, options.learner) if options.w_P else None
-        self.grid, self.options, self.ignore_index = grid, options, ignore_index
+        self.grid, self.options, self.ignore_index, self.rest = grid, options, ignore_index, rest
 
     def head(self, tokens: Tensor, grid: Grid, dense_grid: Grid | None) -> Tensor:
         """Tokens on ``grid`` through the student's head; a dense task puts them on ``dense_grid`` first."""
@@ -213,11 +218,6 @@ class ProCKD(Distiller):
         if dense_grid is not None and dense_grid != grid:
             features = F.interpolate(features, size=dense_grid, mode="bilinear", align_corners=False)
         return self.student.head(features)  # type: ignore[operator, no-any-return]
-
-    def on_epoch_start(self, epoch: int) -> None:
-        for module in self.modules():
-            if isinstance(module, Held):
-                module.on.fill_(epoch == 0)  # SwAV, appendix A: the prototypes are frozen during the first epoch
 
     def teacher_branch(self, p: Tensor, dense_grid: Grid | None) -> tuple[Tensor, Tensor | None]:
         """z_T and the assignment A, of P (B, N, d)."""
@@ -232,12 +232,12 @@ class ProCKD(Distiller):
         z_s: Tensor = self.student.head(features)  # type: ignore[operator]
         loss = cross_entropy(z_s, label, self.ignore_index)
         out = {"ce": loss, "accuracy": accuracy(z_s, label, self.ignore_index)}
-        tokens = tokens_of(resized(features, self.grid))
+        frozen = self.progress < self.rest
         if o.w_T or o.w_KL:
             p = self.kit.local(batch["tokens"])
-            if (learned := self.kit.learn(p, tokens)) is not None:
-                out["prototype_loss"] = learned
-                loss = loss + learned
+            if o.learner:
+                out["prototype_loss"] = self.kit.learn(p, tokens_of(resized(features, self.grid)), frozen)
+                loss = loss + out["prototype_loss"]
             z_t, assignment = self.teacher_branch(p, dense_grid)
             loss = loss + self._guided(out, "teacher", z_s, z_t, label, o.w_T, o.w_KL)
             if assignment is not None:
@@ -247,8 +247,10 @@ class ProCKD(Distiller):
             loss = loss + self._guided(out, "aug", z_s, z_a, label, o.w_A, o.w_KA)
         if self.banks is not None:
             teacher = batch["tokens"].roll(1, 0) if o.control == "other_image" else batch["tokens"]
-            out["assignment_kl"], out["bank_perplexity"] = self.banks(tokens, teacher)
-            loss = loss + o.w_P * out["assignment_kl"]
+            self.banks.frozen = frozen
+            name = "swapped_ce" if o.learner == "sinkhorn" else "assignment_kl"
+            out[name], out["bank_perplexity"] = self.banks(tokens_of(resized(features, self.grid)), teacher)
+            loss = loss + o.w_P * out[name]
         return {"loss": loss} | out
 
     def _guided(
@@ -281,7 +283,8 @@ def distill(cfg: Config, run: Run) -> nn.Module:
     options: Options = cfg.method
     batches, ignore = run.batches("tokens"), run.data.info.get("ignore_index")
     with run.seeded("kit"):
-        distiller = ProCKD(run.student(), batches.tap_channels, batches.grid, options, ignore)
+        rest = 1 / cfg.train.epochs if cfg.train.epochs > 1 else 0.0
+        distiller = ProCKD(run.student(), batches.tap_channels, batches.grid, options, ignore, rest)
     if options.proto_init == "kmeans":
         init_prototypes(distiller.kit, batches, cfg.seed)
     if distiller.kit.averages is not None:
@@ -290,6 +293,8 @@ def distill(cfg: Config, run: Run) -> nn.Module:
         distiller.banks.learn(first_tokens(batches.epoch(0)), cfg.seed)
         if options.control == "shuffled":
             distiller.banks.shuffle(cfg.seed)
+    start = [distiller.state_dict()]  # each process saw its own share of the tokens: all take the first one's
+    distiller.load_state_dict(broadcast_object_list(start)[0])
     scorer, headline = run.scorer(), run.task.HEADLINE
 
     def score(student: nn.Module) -> dict[str, float]:

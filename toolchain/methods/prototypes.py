@@ -13,7 +13,8 @@ compares logits only. 24 for each of three taps is how we read its number of pro
 
 Two other ways to learn prototypes, for the ablations (``method.train_prototypes``): moving averages of the points
 nearest to each, as VQ-VAE's codebook, and SwAV's swapped prediction of balanced codes. There the two views of a place
-are the teacher's token and the student's; a bank's codes take the place of A_i, and its C_i starts from random points.
+are the teacher's token and the student's, codes are balanced over one process's batch, and the prototypes rest in the
+first of several epochs. A bank's codes take the place of A_i, and its C_i starts from random points.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import broadcast, reduce
 from torch import Tensor, nn
 
 from toolchain.losses import usage_perplexity
@@ -74,6 +76,11 @@ class MovingAverages(nn.Module):
         self.register_buffer("size", torch.ones(count))
         self.register_buffer("total", torch.zeros(count, width))
 
+    @property
+    def prototypes(self) -> Tensor:
+        """The means (K, d)."""
+        return self.total / self.size[:, None]
+
     @torch.no_grad()
     def start(self, prototypes: Tensor) -> None:
         """Each of ``prototypes`` (K, d) counts as one point."""
@@ -81,17 +88,16 @@ class MovingAverages(nn.Module):
         self.total.copy_(prototypes)
 
     @torch.no_grad()
-    def update(self, points: Tensor, prototypes: Tensor) -> None:
-        """Move ``prototypes`` (K, d), in place, towards the means of their nearest ``points`` (n, d)."""
+    def update(self, points: Tensor) -> Tensor:
+        """The prototypes, moved towards the means of their nearest ``points`` (n, d) of all processes."""
         with torch.autocast(points.device.type, enabled=False):
-            nearest = F.one_hot(torch.cdist(points, prototypes).argmin(1), len(prototypes)).to(points.dtype)
-            self.size.lerp_(nearest.sum(0), 1 - DECAY)
-            self.total.lerp_(nearest.T @ points, 1 - DECAY)
-        dead = self.size < 1
-        drawn = points[torch.randint(len(points), (len(prototypes),), device=points.device)]
-        self.total.copy_(torch.where(dead[:, None], drawn, self.total))
+            nearest = F.one_hot(torch.cdist(points, self.prototypes).argmin(1), len(self.size)).to(points.dtype)
+            self.size.lerp_(reduce(nearest.sum(0), "sum"), 1 - DECAY)
+            self.total.lerp_(reduce(nearest.T @ points, "sum"), 1 - DECAY)
+        drawn = broadcast(points[torch.randint(len(points), (len(self.size),), device=points.device)])
+        self.total.copy_(torch.where(self.size[:, None] < 1, drawn, self.total))
         self.size.clamp_(min=1)
-        prototypes.copy_(self.total / self.size[:, None])
+        return self.prototypes
 
 
 def commitment(points: Tensor, prototypes: Tensor) -> Tensor:
@@ -104,13 +110,13 @@ def commitment(points: Tensor, prototypes: Tensor) -> Tensor:
 def balanced_codes(scores: Tensor) -> Tensor:
     """``scores`` (n, K) of n points -> codes (n, K): rows sum to 1 and columns to about n / K.
 
-    Sinkhorn-Knopp on exp(scores / eps): Caron et al., arXiv 2006.09882, equation 3.
+    Sinkhorn-Knopp on exp(scores / eps), in logarithms: Caron et al., arXiv 2006.09882, section 3.1.
     """
-    codes = (scores.float() - scores.max()).div(SINKHORN_EPS).exp() + EPS
+    logs = scores.float() / SINKHORN_EPS
     for _ in range(SINKHORN_STEPS):
-        codes = codes / codes.sum(0)
-        codes = codes / codes.sum(1, keepdim=True)
-    return codes
+        logs = logs - logs.logsumexp(0)
+        logs = logs - logs.logsumexp(1, keepdim=True)
+    return logs.exp()
 
 
 def swapped_prediction(one: Tensor, other: Tensor) -> Tensor:
@@ -122,27 +128,15 @@ def swapped_prediction(one: Tensor, other: Tensor) -> Tensor:
     return loss
 
 
-class Held(nn.Module):
-    """Passes a gradient to the prototypes unless ``on``; in the state, so that a resumed training goes on alike."""
-
-    on: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("on", torch.tensor(False))
-
-    def forward(self, prototypes: Tensor) -> Tensor:
-        return torch.where(self.on, prototypes.detach(), prototypes)
-
-
 class Banks(nn.Module):
     """Prototypes of the teacher's taps, and the student's prediction of their assignment (trained).
 
     ``widths``: channels of each tap; together they are the teacher's tokens. ``width``: the student's. ``learner``:
-    how the prototypes go on learning after ``learn``; None: not at all.
+    how the prototypes go on learning after ``learn``; None: not at all. ``frozen``: ``sinkhorn`` rests.
     """
 
     no_decay = True  # its own parameter is C
+    frozen = False
     C: Tensor
 
     def __init__(
@@ -152,7 +146,7 @@ class Banks(nn.Module):
         self.widths, self.count, self.temperature, self.learner = list(widths), count, temperature, learner
         start = torch.zeros(count, sum(widths))
         if learner == "sinkhorn":
-            self.C, self.held = nn.Parameter(start), Held()
+            self.C = nn.Parameter(start)
         else:
             self.register_buffer("C", start)
         self.averages = nn.ModuleList(MovingAverages(count, part) for part in widths if learner == "ema")
@@ -172,7 +166,7 @@ class Banks(nn.Module):
             if self.learner is None:
                 found.append(unit(kmeans(points, self.count, generator)))
             else:
-                found.append(points[torch.randint(len(points), (self.count,), generator=generator)])
+                found.append(points[torch.randperm(len(points), generator=generator)[: self.count]])
         self.C.copy_(torch.cat(found, -1))
         for average, prototypes in zip(self.averages, found, strict=False):
             average.start(prototypes)  # type: ignore[operator]
@@ -186,10 +180,11 @@ class Banks(nn.Module):
 
     def scores(self, tokens: Tensor) -> Tensor:
         """Cosines (B, N, taps, K) of teacher tokens (B, N, c) to the prototypes."""
-        prototypes = self.held(self.C) if self.learner == "sinkhorn" else self.C
+        prototypes = self.parts(self.C.detach() if self.frozen else self.C)
+        if self.learner is not None:
+            prototypes = tuple(map(unit, prototypes))
         with torch.autocast(tokens.device.type, enabled=False):
-            parts = zip(self.parts(tokens), self.parts(prototypes), strict=True)
-            return torch.stack([unit(t) @ (unit(c) if self.learner else c).T for t, c in parts], -2)
+            return torch.stack([unit(t) @ c.T for t, c in zip(self.parts(tokens), prototypes, strict=True)], -2)
 
     @torch.no_grad()
     def assignment(self, tokens: Tensor) -> Tensor:
@@ -200,14 +195,14 @@ class Banks(nn.Module):
         """L_P of student tokens (B, N, d) beside ``teacher``'s (B, N, c), and the banks' mean usage perplexity."""
         logits = self.predict(tokens).float().unflatten(-1, (len(self.widths), self.count))
         if self.averages and self.training:
-            parts = zip(self.averages, self.parts(teacher), self.parts(self.C), strict=True)
-            for average, points, prototypes in parts:
-                average.update(unit(points).flatten(0, -2), prototypes)  # type: ignore[operator]
+            pairs = zip(self.averages, self.parts(teacher), strict=True)
+            moved = [average.update(unit(points).flatten(0, -2)) for average, points in pairs]  # type: ignore[operator]
+            self.C.copy_(torch.cat(moved, -1))
         assignment = self.assignment(teacher)
         used = torch.stack([usage_perplexity(bank) for bank in assignment.unbind(-2)]).mean()
         if self.learner == "sinkhorn":
-            pairs = zip(self.scores(teacher).unbind(-2), logits.unbind(-2), strict=True)
-            views = [(cosines.flatten(0, -2), z.flatten(0, -2) * SWAV_TEMPERATURE) for cosines, z in pairs]
-            return torch.stack([swapped_prediction(*pair) for pair in views]).sum(), used
+            views = (self.scores(teacher).flatten(0, 1), logits.flatten(0, 1) * SWAV_TEMPERATURE)
+            banks = zip(*(view.unbind(1) for view in views), strict=True)
+            return torch.stack([swapped_prediction(*pair) for pair in banks]).sum(), used
         divergence = torch.special.xlogy(assignment, assignment) - assignment * logits.log_softmax(-1)
         return divergence.sum((-1, -2)).mean(), used

@@ -233,39 +233,52 @@ def test_prototype_initialisation(tmp_path, init):
     assert not prototypes.requires_grad
 
 
-def test_prototypes_with_a_learner_of_their_own_get_no_gradient_of_the_task():
-    batch = samples()
-    for learner, loss in (("ema", False), ("sinkhorn", True)):
-        made = distiller(train_prototypes=learner)
-        p = made.kit.local(batch["tokens"])
-        z_t, _ = made.teacher_branch(p, None)
-        z_t.square().sum().backward()
-        assert "kit.augment.C" not in gradients(made)
-        made.kit.learn(made.kit.local(batch["tokens"]), torch.randn_like(p)).backward()
-        assert ("kit.augment.C" in gradients(made)) == loss
+@pytest.mark.parametrize("learner", ["ema", "sinkhorn"])
+def test_prototypes_with_a_learner_of_their_own_get_no_gradient_of_the_task(learner):
+    made, batch = distiller(train_prototypes=learner), samples()
+    made.kit.augment.C.requires_grad_()
+    p, s = made.kit.local(batch["tokens"]), torch.randn(len(batch["label"]), 4, WIDTH, requires_grad=True)
+    z_t, _ = made.teacher_branch(p, None)
+    (z_t.square().sum() + made.kit.aug(s).square().sum()).backward()
+    assert "kit.augment.C" not in gradients(made)
+    s.grad = None
+    made.kit.learn(made.kit.local(batch["tokens"]), s, False).backward()
+    assert ("kit.augment.C" in gradients(made)) == (learner == "sinkhorn")
+    assert "kit.adapter.0.weight" in gradients(made)
+    assert s.grad is None
 
 
 def test_moving_averages_change_only_while_training_and_are_the_points_means():
     made, batch = distiller(train_prototypes="ema", token_dropout=0), samples()
     made.kit.averages.start(made.kit.augment.C.data)
     before = made.kit.augment.C.clone()
-    made.eval()(batch)
+    points = prockd.unit(made.kit.local(batch["tokens"])).flatten(0, 1).detach()
+    loss = made.eval()(batch)["prototype_loss"]
     assert torch.equal(before, made.kit.augment.C)
-    made.train()(batch)
-    assert not torch.equal(before, made.kit.augment.C)
+    nearest = torch.cdist(points, before).argmin(1)
+    assert loss.item() == pytest.approx(0.25 * (points - before[nearest]).square().sum(-1).mean().item(), rel=1e-5)
+    assert made.train()(batch)["prototype_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    for k, c in enumerate(made.kit.augment.C.detach()):
+        mine = points[nearest == k]
+        size = 0.99 + 0.01 * len(mine)
+        if size < 1:
+            assert (points - c).abs().sum(1).min() < 1e-6
+        else:
+            torch.testing.assert_close(c, (0.99 * before[k] + 0.01 * mine.sum(0)).detach() / size)
 
 
-def test_the_first_epoch_of_swav_leaves_the_prototypes_alone(tmp_path):
-    starts, after = [], []
-    for epochs in (1, 2):
-        method = options(train_prototypes="sinkhorn", infer="aug")
-        run = tiny_run(tmp_path / str(epochs), method=method, train={"epochs": epochs, "weight_decay": 0.5})
-        with run.seeded("kit"):
-            run.student()
-            starts.append(prockd.Kit(CHANNELS, WIDTH, method).augment.C.detach())
-        after.append(prockd.distill(run.cfg, run).augment.C.detach())
-    assert torch.equal(starts[0], after[0])
-    assert not torch.equal(starts[1], after[1])
+@pytest.mark.parametrize("where", [{"preset": "default", "infer": "aug"}, {"preset": "assignment"}])
+def test_the_first_of_several_epochs_of_swav_leaves_the_prototypes_alone(tmp_path, where):
+    def prototypes(made):
+        return (made.banks if made.banks is not None else made.kit.augment).C
+
+    made, batch = distiller(train_prototypes="sinkhorn", **where), samples()
+    made.rest = 0.5
+    for progress, learns in ((0.0, False), (0.49, False), (0.5, True)):
+        made.zero_grad(set_to_none=True)
+        made.progress = progress
+        made(batch)["loss"].backward()
+        assert (prototypes(made).grad is not None) == learns
 
 
 def test_kmeans_finds_separated_groups():
@@ -307,9 +320,21 @@ def test_a_width_other_than_the_students_is_refused():
         distiller(d=7)
 
 
-def test_a_learner_without_tokens_is_refused():
-    with pytest.raises(ValueError, match="train_prototypes=ema learns from teacher tokens"):
-        options(train_prototypes="ema", **OFF)
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (OFF, "ema learns from teacher tokens"),
+        ({"preset": "assignment", "w_A": 1}, "ema learns in the teacher branch"),
+        ({"preset": "assignment", "infer": "aug"}, "ema learns in the teacher branch"),
+        ({"prototype_learning": False, "feature_augmentation": False}, "nothing uses them"),
+        ({"proto_init": "kmeans"}, "replaces what proto_init=kmeans sets"),
+        ({"preset": "assignment", "control": "shuffled"}, "leave train_prototypes out"),
+        ({"train_prototypes": "sinkhorn", "temperature": 0.2}, "temperature is SwAV's"),
+    ],
+)
+def test_a_learner_that_would_learn_nothing_is_refused(keys, said):
+    with pytest.raises(ValueError, match=said):
+        options(**{"train_prototypes": "ema", **keys})
 
 
 def test_a_collapsing_combination_is_refused():
@@ -317,18 +342,28 @@ def test_a_collapsing_combination_is_refused():
         options(w_T=0)
 
 
-@pytest.mark.parametrize("learner", [True, "ema", "sinkhorn"])
-def test_killed_midway_aug_mode_ends_with_the_same_bits(tmp_path, learner):
+@pytest.mark.parametrize("after", [2, 6])  # of four batches an epoch
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"infer": "aug", "token_dropout": 0.3},
+        {"infer": "aug", "token_dropout": 0.3, "train_prototypes": "ema"},
+        {"infer": "aug", "token_dropout": 0.3, "train_prototypes": "sinkhorn"},
+        {"preset": "assignment", "train_prototypes": "ema"},
+        {"preset": "assignment", "train_prototypes": "sinkhorn"},
+    ],
+)
+def test_killed_midway_it_ends_with_the_same_bits(tmp_path, keys, after):
     class Killed(BaseException):
         pass
 
     class Dying(TinyBatches):
         def pick(self, index, epoch):
-            if self.fetched == 6:
+            if self.fetched == after:
                 raise Killed
             return super().pick(index, epoch)
 
-    method = options(infer="aug", token_dropout=0.3, train_prototypes=learner)
+    method = options(**keys)
     whole = tiny_run(tmp_path / "whole", method=method)
     expected = weights(prockd.distill(whole.cfg, whole))
     dying = tiny_run(tmp_path / "killed", method=method, batches=Dying())
