@@ -4,7 +4,8 @@
 
 KD is Hinton's on start and end logits (arXiv 1503.02531, section 2). The hidden term is that of Patient KD (Sun et al.,
 arXiv 1908.09355) and TinyBERT (Jiao et al., arXiv 1909.10351) at the embeddings and every kept layer i, against the
-teacher's layer m(i) it was copied from; widths are equal, so there is no projection. Padding does not count.
+teacher's layer m(i) it was copied from; widths are equal, so there is no projection. Padding does not count. CE is the
+mean over the batch's labelled windows, the other terms are over all: ``data.unlabelled_questions`` have no labels here.
 
 Deliberate deviations: states are layer-normalised without affine part instead of divided by their norm (Patient KD) or
 left as they are (TinyBERT), so that no layer outweighs another; one training with all terms.
@@ -26,7 +27,7 @@ from toolchain.distiller import Batch, Distiller, Frozen
 from toolchain.losses import accuracy, cross_entropy, hinton_kd
 from toolchain.methods.options import QaStudent
 from toolchain.tasks.qa_batches import SpanBatches
-from toolchain.tasks.qa_data import USED
+from toolchain.tasks.qa_data import UNLABELLED, USED
 from toolchain.tasks.qa_nets import QaNet, kept_layers, layers_of, load, smaller
 from toolchain.tasks.qa_tokenizer import TOKENIZER, check_same, used_pieces
 from toolchain.train import Run
@@ -46,13 +47,13 @@ class Smaller(Distiller):
         o, label, feeds = self.options, batch["label"], (batch["input_ids"], batch["attention_mask"])
         z, states = self.student.deep(*feeds)
         z_t, states_t = self._taught(*feeds)
-        ce, kd = cross_entropy(z, label), hinton_kd(z, z_t, o.temperature)
+        ce, kd = cross_entropy(z, label, UNLABELLED), hinton_kd(z, z_t, o.temperature)
         hidden = sum(
             (state_distance(states[mine], states_t[its], batch["attention_mask"]) for mine, its in self.pairs),
             start=z.new_zeros(()),
         ) / len(self.pairs)
         loss = o.ce * ce + o.kd * kd + o.hidden * hidden
-        return {"loss": loss, "ce": ce, "kd": kd, "hidden": hidden, "accuracy": accuracy(z, label)}
+        return {"loss": loss, "ce": ce, "kd": kd, "hidden": hidden, "accuracy": accuracy(z, label, UNLABELLED)}
 
     @torch.no_grad()
     def _taught(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -74,7 +75,7 @@ def distill(cfg: Config, run: Run) -> nn.Module:
     check_same(run.data.files[TOKENIZER], teacher.tokenizer, "the teacher")
     total = len(layers_of(teacher.encoder))
     layers = kept_layers(total, cfg.student.layers or total)
-    splits = tuple(name for name in ("first", "train") if name in run.data.splits)
+    splits = tuple(name for name in ("first", "train", "unlabelled") if name in run.data.splits)
     batches = SpanBatches(run, splits, cfg.train.batch_size)
     used = np.array(json.loads(run.data.files[USED]), np.int64)
     pieces = used_pieces(teacher.tokenizer, [used], o.extra_pieces) if o.vocabulary == "used" else None

@@ -89,7 +89,9 @@ class DataSection(Section):
     ``tokenizer``: the encoder's folder or hub id; none with ``templates``, which trains one. ``ntl``: target languages
     drawn for each training question; all ordered pairs of them and the ``pivot`` are trained on. ``first``: the sets of
     the first stage, in ``pivot``. Only tested: ``unseen``, languages of the source, and ``tydiqa``, of TyDiQA-GoldP.
-    ``articles``: of ``templates``, for first, train, val, test. ``*_questions``: use so many ids at most.
+    ``articles``: of ``templates``, for first, train, val, test. ``*_questions``: use so many ids at most; with
+    ``unlabelled_questions``, others of the training articles, whose labels are not looked at: qa_student asks its
+    teacher about them.
     """
 
     source: Literal["xquad", "folder", "templates"]
@@ -110,6 +112,7 @@ class DataSection(Section):
     articles: tuple[Positive, Positive, Positive, Positive] = (400, 100, 8, 16)
     first_questions: Positive | None = None
     train_questions: Positive | None = None
+    unlabelled_questions: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
     eval_questions: Positive | None = None
     download: bool = False
 
@@ -130,6 +133,10 @@ class DataSection(Section):
         if self.evaluate == "mlqa" and self.unseen:
             raise ValueError(
                 "unseen: XQuAD's other languages are translations of articles that evaluate: mlqa trains on"
+            )
+        if self.unlabelled_questions and not self.train_questions:
+            raise ValueError(
+                "unlabelled_questions are those that train_questions leaves over, which is none: give train_questions"
             )
         known = {"xquad": XQUAD, "templates": LANGUAGES}.get(self.source)
         for name, languages in (("languages", self.languages), ("unseen", self.unseen)):

@@ -1,7 +1,8 @@
 """From question sets to the data artifact: which articles train and which are held out, sampled, cut into windows.
 
-Splits: ``first`` (one language, for the first stage; may be absent), ``train`` (the cross-lingual sample), ``val`` and
-``test`` (every pair of languages; in ``test`` also languages that were never trained on). A row is a window.
+Splits: ``first`` (one language, for the first stage; may be absent), ``train`` (the cross-lingual sample),
+``unlabelled`` (more questions, drawn like it; may be absent), ``val`` and ``test`` (every pair of languages; in ``test``
+also languages that were never trained on). A row is a window.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from toolchain.qa_windows import Cut, Layout, arrays, label_of, layout_of, windows
+from toolchain.qa_windows import Cut, Layout, Window, arrays, label_of, layout_of, windows
 from toolchain.tasks import Arrays, Data, Split, qa_readers
 from toolchain.tasks.datasets import DataError
 from toolchain.tasks.qa_readers import (
@@ -39,6 +40,7 @@ USED = "pieces.json"  # the pieces in use in the languages of the data: what a s
 FEEDS = ("input_ids", "attention_mask")
 CELLS, UNSEEN, TYDIQA = "cells", "unseen", "tydiqa"  # parts of a scored split
 TRAINED_PIECES = 2000
+UNLABELLED = -1  # start and end of a window whose label is not looked at
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Sets:
     train: dict[str, dict[str, Question]]
     val: dict[str, list[Question]]
     test: dict[str, list[Question]]
+    unlabelled: dict[str, dict[str, Question]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     tokenizer: str | None = None  # where the source brings its own
     texts: set[str] = field(default_factory=set)  # of all articles that may be trained on, used for training or not
@@ -58,8 +61,9 @@ def assemble(section: DataSection) -> Data:
     """Raises DataError, DownloadError, TokenizerError, WindowError."""
     sets = {"templates": _templates, "xquad": _xquad, "folder": _folder}[section.source](section)
     _check(sets)
-    train = sample_pairs(
-        sets.train, section.languages, section.ntl, section.sampling_seed, section.pivot, section.keep_pivot
+    train, unlabelled = (
+        sample_pairs(ids, section.languages, section.ntl, section.sampling_seed, section.pivot, section.keep_pivot)
+        for ids in (sets.train, sets.unlabelled)
     )
     if not train:
         raise DataError("no aligned training question in the languages asked for; check data.languages")
@@ -71,6 +75,8 @@ def assemble(section: DataSection) -> Data:
     splits["train"], train = maker.split(train)
     if lost := asked - len(sets.first) - len(train):
         sets.notes.append(f"{lost} training questions were left out: no window holds their whole answer.")
+    if unlabelled:
+        splits["unlabelled"] = maker.unlabelled(unlabelled)
     splits |= {name: maker.scored(parts) for name, parts in (("val", sets.val), ("test", sets.test))}
     info = {
         "languages": list(section.languages),
@@ -81,14 +87,20 @@ def assemble(section: DataSection) -> Data:
         "separator": maker.layout.suffix[0],
         "pad": maker.layout.pad,
         "pairs": _pairs(train),
-        "questions": {"first": len(sets.first), "train ids": len(sets.train), "train": len(train)},
+        "questions": {
+            "first": len(sets.first),
+            "train ids": len(sets.train),
+            "train": len(train),
+            "unlabelled": len(unlabelled),
+        },
         "note": " ".join(sets.notes) or None,
     }
     return Data(splits, info, {TOKENIZER: text, USED: json.dumps(maker.pieces(sets.texts))})
 
 
 def _check(sets: Sets) -> None:
-    trained = [*sets.first, *(question for here in sets.train.values() for question in here.values())]
+    drawn = (sets.train, sets.unlabelled)
+    trained = [*sets.first, *(question for ids in drawn for here in ids.values() for question in here.values())]
     sides = {
         name: [question for part in parts.values() for question in part]
         for name, parts in (("the validation split", sets.val), ("the test split", sets.test))
@@ -217,6 +229,7 @@ def _sets(
     own = {language: questions for language, questions in train.items() if language in section.languages}
     ids = aligned(own)
     kept = _few(list(ids), section.train_questions)
+    unlabelled = _unlabelled(section, sorted(set(ids) - set(kept)))
     parts = []
     for by_language in (val, test):
         names = aligned(by_language)
@@ -234,9 +247,20 @@ def _sets(
         {name: ids[name] for name in kept},
         {CELLS: all_pairs(parts[0], section.languages)},
         tested,
+        {name: ids[name] for name in unlabelled},
         notes,
         texts={text for question in readable for text in (question.question, question.context)},
     )
+
+
+def _unlabelled(section: DataSection, left: Sequence[str]) -> list[str]:
+    """The ids of ``unlabelled_questions``, of those that are ``left``."""
+    if section.unlabelled_questions and not left:
+        raise DataError(
+            f"unlabelled_questions: expected aligned training questions beside the {section.train_questions} of "
+            "train_questions, found none; lower train_questions, or leave unlabelled_questions out"
+        )
+    return _few(left, section.unlabelled_questions) if section.unlabelled_questions else []
 
 
 # --- windows
@@ -266,6 +290,12 @@ class _Maker:
         arrays = {name: array[rows] for name, array in found.items()}
         arrays["question"] = np.searchsorted(kept, arrays["question"]).astype(np.int32)
         return Split(arrays, FEEDS, mask="attention_mask"), [questions[number] for number in kept]
+
+    def unlabelled(self, questions: Sequence[Question]) -> Split:
+        """To ask a teacher about: windows, whether or not they hold an answer, all of them labelled UNLABELLED."""
+        _, found = self._cut(questions, self.section.windows, decode=False)
+        found |= {name: np.full(len(found["question"]), UNLABELLED, np.int64) for name in ("start", "end")}
+        return Split(found, FEEDS, mask="attention_mask")
 
     def scored(self, parts: Mapping[str, Sequence[Question]]) -> Split:
         """To score: what decoding and scoring need, too; shuffled, so that any prefix is a fair sample."""
@@ -298,15 +328,19 @@ class _Maker:
         found = self.tokenizer.encode_batch(sorted(texts), add_special_tokens=False)
         return sorted({number for text in found for number in text.ids})
 
-    def _arrays(self, questions: Sequence[Question], settings: Any, decode: bool) -> Arrays:
+    def _cut(self, questions: Sequence[Question], settings: Any, decode: bool) -> tuple[list[Window], Arrays]:
         cut = Cut(settings.max_length, settings.max_question, settings.step, settings.overlap)
         asked, read = [q.question for q in questions], [q.context for q in questions]
         found = list(windows(self.tokenizer, self.layout, cut, asked, read))
         result = arrays(found, max(len(window.ids) for window in found), self.layout.pad, decode)
+        result["question"] = np.array([window.pair for window in found], np.int32)
+        return found, result
+
+    def _arrays(self, questions: Sequence[Question], settings: Any, decode: bool) -> Arrays:
+        found, result = self._cut(questions, settings, decode)
         labels = []
         for window in found:
             text, start = questions[window.pair].answers[0]
             labels.append(label_of(window, start, start + len(text)))
         result["start"], result["end"] = np.array(labels, np.int64).T.copy()
-        result["question"] = np.array([window.pair for window in found], np.int32)
         return result

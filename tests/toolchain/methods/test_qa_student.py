@@ -6,13 +6,16 @@ import pytest
 import torch
 
 from tests.toolchain.methods.doubles import same, weights
-from tests.toolchain.qa_doubles import SMALL, data, net, run
+from tests.toolchain.qa_doubles import DATA, SMALL, config, data, net, run
 from tests.toolchain.tasks.test_qa_nets import saved
 from toolchain.methods.options import QaStudent
 from toolchain.methods.qa_student import Smaller, distill, state_distance
+from toolchain.tasks import load_task
 from toolchain.tasks.qa_batches import SpanBatches
+from toolchain.tasks.qa_data import UNLABELLED
 from toolchain.tasks.qa_nets import layers_of, smaller
 from toolchain.tasks.qa_tokenizer import TokenizerError
+from toolchain.train import Run
 
 METHOD = {"name": "qa_student"}
 
@@ -52,6 +55,40 @@ def test_a_smaller_student_learns_from_the_teachers_artifact(tmp_path: Path) -> 
     assert same(found, weights(distill(this.cfg, run(tmp_path / "again", inputs, **sections))))
     assert same(before, weights(teacher))
     assert this.records[0]["name"] == "student"
+
+
+def test_windows_without_a_label_teach_what_the_teacher_says_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    teacher = net(tmp_path)
+    distiller = Smaller(smaller(teacher, [0], None), teacher, [0], QaStudent(name="qa_student")).eval()
+    batch = next(SpanBatches(run(tmp_path), ("train",), 8).epoch(0))
+    whole = distiller(batch)
+    half = {name: tensor[:4] for name, tensor in batch.items()}
+    label = batch["label"].clone()
+    label[4:] = UNLABELLED
+    mixed, none = distiller(batch | {"label": label}), distiller(batch | {"label": torch.full_like(label, UNLABELLED)})
+    for name in ("kd", "hidden"):
+        assert torch.equal(mixed[name], whole[name])
+        assert torch.equal(none[name], whole[name])
+    assert float(mixed["ce"].detach()) == pytest.approx(float(distiller(half)["ce"].detach()), rel=1e-5)
+    assert float(none["ce"].detach()) == 0
+    assert torch.equal(none["loss"], none["kd"] + none["hidden"])
+
+
+def test_the_student_is_also_asked_the_unlabelled_questions(tmp_path: Path) -> None:
+    asked = DATA | {"train_questions": 6, "unlabelled_questions": 8}
+    teacher = saved(net(tmp_path / "t"), tmp_path / "teacher")
+    sections = {"method": METHOD, "teacher": {"options": SMALL}, "student": {"layers": 1}, "data": asked}
+    sections |= {"train": {"epochs": 1, "batch_size": 8}}
+    steps = []
+    for name in ("more", "fewer"):
+        found = load_task("qa").prepare(config(**sections).data)
+        if name == "fewer":
+            del found.splits["unlabelled"]
+        this = Run(config(**sections), found, {"teacher": teacher}, tmp_path / name, quiet=True)
+        distill(this.cfg, this)
+        steps.append(this.records[0]["steps"])
+    assert steps[0] - steps[1] >= 8 * 4 // 8
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(tmp_path: Path) -> None:

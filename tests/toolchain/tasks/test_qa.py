@@ -35,7 +35,7 @@ def test_the_demos_data_is_cut_into_windows_of_every_pair() -> None:
     }
     cells = {tuple(question["cell"]) for question in found.splits["test"].meta["questions"]}
     assert cells == {(q, c) for q in ("en", "es", "zh") for c in ("en", "es", "zh")}
-    assert found.info["questions"] == {"first": 24, "train ids": 18, "train": 18 * 4}
+    assert found.info["questions"] == {"first": 24, "train ids": 18, "train": 18 * 4, "unlabelled": 0}
     assert sum(found.info["pairs"]["counts"].values()) == 72
     assert len(found.splits["test"]) > len(found.splits["test"].meta["questions"])  # some have two windows
 
@@ -66,6 +66,42 @@ def test_a_smaller_vocabulary_keeps_the_pieces_of_texts_that_are_not_trained_on_
         unchanged.append(np.mean([a == b for a, b in zip(after, before, strict=True)]))
     assert unchanged[0] < unchanged[1]
     assert unchanged[1] > 0.8
+
+
+def test_unlabelled_questions_are_others_of_the_training_articles_and_bring_no_label() -> None:
+    few = DATA | {"train_questions": 6}
+    without = qa.prepare(qa.DataSection.model_validate(few))
+    found = qa.prepare(qa.DataSection.model_validate(few | {"unlabelled_questions": 5}))
+    assert found.info["questions"] == {"first": 24, "train ids": 6, "train": 6 * 4, "unlabelled": 5 * 4}
+    arrays = found.splits["unlabelled"].arrays
+    assert {int(arrays[side].max()) for side in ("start", "end")} == {qa_data.UNLABELLED}
+    assert arrays["question"].max() == 5 * 4 - 1
+    for name, split in without.splits.items():
+        assert np.array_equal(split.arrays["input_ids"], found.splits[name].arrays["input_ids"])
+    rows = [{row.tobytes() for row in split.arrays["input_ids"][:, :40]} for split in found.splits.values()]
+    names = list(found.splits)
+    unlabelled = rows.pop(names.index("unlabelled"))
+    assert not unlabelled & set().union(*rows)
+    left = qa.prepare(qa.DataSection.model_validate(few | {"unlabelled_questions": 100}))
+    assert left.info["questions"]["unlabelled"] == 12 * 4
+
+
+def test_unlabelled_questions_need_some_that_are_left() -> None:
+    with pytest.raises(ValueError, match="unlabelled_questions are those that train_questions leaves over"):
+        qa.DataSection.model_validate(DATA | {"unlabelled_questions": 5})
+    section = qa.DataSection.model_validate(DATA | {"train_questions": 18, "unlabelled_questions": 5})
+    with pytest.raises(DataError, match="beside the 18 of train_questions, found none; lower train_questions"):
+        qa.prepare(section)
+
+
+def test_a_config_without_unlabelled_questions_is_what_it_was() -> None:
+    """Results of older versions, which had no such key, stay those of the same config."""
+    section = qa.DataSection.model_validate(DATA)
+    assert "unlabelled_questions" not in section.model_dump(mode="json")
+    asked = section.model_copy(update={"unlabelled_questions": 2})
+    assert (
+        qa.DataSection.model_validate(asked.model_dump(mode="json") | {"train_questions": 3}).unlabelled_questions == 2
+    )
 
 
 def test_scores_are_of_the_questions_that_are_there() -> None:
@@ -234,7 +270,7 @@ def test_articles_of_mlqa_are_not_trained_on(mlqa: dict[str, Any], tmp_path: Pat
     (tmp_path / "first.en.json").rename(tmp_path / "qa" / "tydiqa_goldp" / "english_tydiqa_train.json")
     mlqa_file(tmp_path, "test", "es", "en", "A", "English-2")
     found = qa.prepare(qa.DataSection(**mlqa, first=("tydiqa_en",)))
-    assert found.info["questions"] == {"first": 1, "train ids": 1, "train": 4}
+    assert found.info["questions"] == {"first": 1, "train ids": 1, "train": 4, "unlabelled": 0}
     assert "1 training questions of XQuAD were left out: their articles are tested or chosen by." in found.info["note"]
     assert "1 questions of the first stage were left out: their articles are held out." in found.info["note"]
 
