@@ -1,8 +1,8 @@
 """From question sets to the data artifact: which articles train and which are held out, sampled, cut into windows.
 
 Splits: ``first`` (one language, for the first stage; may be absent), ``train`` (the cross-lingual sample),
-``unlabelled`` (more questions, drawn like it; may be absent), ``val`` and ``test`` (every pair of languages; in ``test``
-also languages that were never trained on). A row is a window.
+``unlabelled`` (more questions, drawn like it; may be absent), ``val`` and ``test`` (every pair of languages; in
+``test`` also languages that were never trained on). A row is a window.
 """
 
 from __future__ import annotations
