@@ -53,6 +53,27 @@ def name_nodes(model: Any) -> Any:
     return model
 
 
+def opset_of(model: Any) -> int:
+    """Version of ONNX's own operators in ``model``."""
+    return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+
+
+def float_compute(model: Any, precision: str) -> list[str]:
+    """Names of the convolutions and matrix products that do not compute in ``precision``: not half, not from int8."""
+    import onnx
+
+    model = onnx.shape_inference.infer_shapes(model)
+    values = (*model.graph.value_info, *model.graph.input)
+    half = {value.name for value in values if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
+    int8 = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in COMPUTE
+        and not (node.input[0] in half if precision == "fp16" else int8.issuperset(node.input[:2]))
+    ]
+
+
 def _constants(model: Any) -> set[str]:
     names = {tensor.name for tensor in model.graph.initializer} | {""}
     return names | {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}

@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.precision import cpu_call, opset_of
+from export.half import opset_of
+from export.precision import cpu_call
 from export.verify import ParityError, compare, evenly, predict
 from toolchain.artifact import EdgestillError, Port, create, verify, versions
 from toolchain.stage import Job, console, main

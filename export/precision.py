@@ -1,4 +1,4 @@
-"""fp32 ONNX graph -> fp16 graph with fp32 islands, or int8 Q/DQ graph; gated on real samples.
+"""fp32 ONNX graph -> fp16 graph with fp32 islands, or int8 graph with float islands; gated on real samples.
 
 Precision lives in the graph, because TensorRT 11 and TensorRT-RTX build only what the graph's types say.
 Graph inputs, outputs and their types never change. What touches them (casting and normalising the input, decoding
@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from export.half import COMPUTE, ISLANDS, PrecisionError, edges, emulated_half, has_half, measured, name_nodes, to_half
+from export.half import (
+    COMPUTE,
+    ISLANDS,
+    PrecisionError,
+    emulated_half,
+    float_compute,
+    has_half,
+    name_nodes,
+    opset_of,
+    to_half,
+)
+from export.int8 import HALF_SCALES, Dynamic, Int8, Static
 from export.verify import Arrays, Report, compare, evenly, predict
 from toolchain import artifact, runtime
 from toolchain.onnx_runtime import CRASHES
@@ -28,158 +35,7 @@ from toolchain.tasks import Split, as_fed, load_data, load_task
 
 BATCH = 64
 NAMED = 6  # nodes that are told by name
-HALF_SCALES = 19  # the first opset whose QuantizeLinear takes half scales
-# Of int8-trt, whose scales are half: below this, half's spacing would be coarser than int8's own rounding.
-LEAST_SCALE = 1e-5
-# What ONNX Runtime's CPU kernels gain from; softmax, sigmoid and normalisations would lose more than they gain.
-CPU_OPS = (
-    *COMPUTE,
-    *("Add", "Mul", "Relu", "Clip", "LeakyRelu", "Concat", "Resize", "MaxPool", "AveragePool", "GlobalAveragePool"),
-    *("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Pad"),
-)
-TRT_OPS = ("Conv", "MatMul", "Gemm")
-
-
-def float_compute(model: Any, precision: str) -> list[str]:
-    """Names of the convolutions and matrix products that do not compute in ``precision``: not half, not from int8."""
-    import onnx
-
-    model = onnx.shape_inference.infer_shapes(model)
-    values = (*model.graph.value_info, *model.graph.input)
-    half = {value.name for value in values if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT16}
-    int8 = {name for node in model.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
-    return [
-        node.name
-        for node in model.graph.node
-        if node.op_type in COMPUTE
-        and not (node.input[0] in half if precision == "fp16" else int8.issuperset(node.input[:2]))
-    ]
-
-
-def masks(model: Any) -> set[str]:
-    """Names of the nodes other than matrix products that feed a softmax: a mask's -inf would use up int8's range."""
-    into = {node.input[0] for node in model.graph.node if node.op_type in ("Softmax", "LogSoftmax")}
-    return {n.name for n in model.graph.node if n.op_type not in COMPUTE and into.intersection(n.output)}
-
-
-class Reader:
-    """Feeds real samples to ONNX Runtime's calibration, ``batch`` at a time."""
-
-    def __init__(self, split: Split, batch: int, tell: Callable[[int], None]) -> None:
-        self._feeds = self._batches(split, batch, tell)
-
-    @staticmethod
-    def _batches(split: Split, batch: int, tell: Callable[[int], None]) -> Iterator[dict[str, np.ndarray]]:
-        for start in range(0, len(split), batch):
-            stop = min(start + batch, len(split))
-            yield split.feed(slice(start, stop))
-            tell(stop - start)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._feeds, None)
-
-
-def to_int8(model: Any, precision: str, split: Split, method: str = "minmax") -> Any:
-    """A Q/DQ graph: int8 weights per channel, activations calibrated on ``split`` by ``method``.
-
-    What reads a float input of the graph is not quantised (see ``half.measured``).
-
-    ``int8-cpu``: asymmetric uint8 activations, every operator that ONNX Runtime's CPU kernels gain from, and weights of
-    seven bits: on x86 without VNNI those kernels add two products in int16, which eight bits overflow.
-    ``int8-trt``: symmetric int8 activations, float bias, and Q/DQ on the inputs of Conv, MatMul and Gemm alone, which
-    is what TensorRT fuses; its parser rejects int32 bias. The rest is half, as TensorRT's fastest int8 engines are
-    (and sm_75 has no float32 matrix product), from opset 19 on, where Q/DQ may be half.
-    """
-    import onnx
-    from onnxruntime import quantization as ort
-
-    activation = ort.QuantType.QUInt8 if precision == "int8-cpu" else ort.QuantType.QInt8
-    options: dict[str, Any] = {"WeightSymmetric": True}
-    if precision == "int8-cpu":
-        # A logit is not quantised again on its way out.
-        options |= {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}
-    else:
-        options |= {"ActivationSymmetric": True, "QuantizeBias": False}
-        options |= {"OpTypesToExcludeOutputQuantization": list(TRT_OPS), "MinimumRealRange": 254 * LEAST_SCALE}
-    methods = {name.lower(): value for name, value in ort.CalibrationMethod.__members__.items()}
-    source = name_nodes(_folded(model))
-    chatter = redirect_stdout(StringIO())
-    with tempfile.TemporaryDirectory() as scratch, progress("calibrating", len(split)) as bar, chatter:
-        made = Path(scratch, "int8.onnx")
-        # Histograms need equal shapes, so they take one sample at a time.
-        batch = 16 if method == "minmax" else 1
-        ort.quantize_static(
-            source,
-            made,
-            Reader(split, batch, bar.advance),
-            quant_format=ort.QuantFormat.QDQ,
-            op_types_to_quantize=list(CPU_OPS if precision == "int8-cpu" else TRT_OPS),
-            per_channel=True,
-            reduce_range=precision == "int8-cpu",
-            activation_type=activation,
-            weight_type=ort.QuantType.QInt8,
-            nodes_to_exclude=sorted(edges(source) | masks(source) | measured(source)),
-            calibrate_method=methods[method],
-            extra_options=options,
-        )
-        result = _without_unused_opsets(onnx.load(made))
-    if precision == "int8-cpu":
-        return result
-    if opset_of(result) < HALF_SCALES:
-        console.print("    note: below opset 19 the unquantised part of int8-trt stays float32; set export.opset=20")
-        return result
-    return to_half(result, ISLANDS - {"QuantizeLinear", "DequantizeLinear"})
-
-
-def opset_of(model: Any) -> int:
-    """Version of ONNX's own operators in ``model``."""
-    return next(int(entry.version) for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-
-
-def _without_unused_opsets(model: Any) -> Any:
-    used = {node.domain for node in model.graph.node} | {""}
-    pairs = [(entry.domain, entry.version) for entry in model.opset_import if entry.domain in used]
-    model.ClearField("opset_import")
-    for domain, version in pairs:
-        model.opset_import.add(domain=domain, version=version)
-    return model
-
-
-def _folded(model: Any) -> Any:
-    """A copy with constants and batch normalisation folded, as quantising wants it."""
-    import onnx
-    from onnxruntime.quantization import quant_pre_process
-
-    with tempfile.TemporaryDirectory() as scratch:
-        source, folded = Path(scratch, "source.onnx"), Path(scratch, "folded.onnx")
-        onnx.save(model, source)
-        quant_pre_process(source, folded, skip_symbolic_shape=True)
-        model = onnx.load(folded)
-        model.graph.ClearField("value_info")
-        return model
-
-
-def to_dynamic_int8(model: Any) -> Any:
-    """int8 weights per channel; activations quantised at run time from their own range (ONNX Runtime CPU only).
-
-    Weights have seven bits, see ``to_int8``.
-    """
-    import onnx
-    from onnxruntime import quantization as ort
-
-    source = name_nodes(_folded(model))
-    # ONNX Runtime turns each Gemm into a MatMul by transposing its weight in place, so none may be shared.
-    weights = {tensor.name: tensor for tensor in source.graph.initializer}
-    for node in source.graph.node:
-        if node.op_type == "Gemm" and node.input[1] in weights:
-            own = source.graph.initializer.add()
-            own.CopyFrom(weights[node.input[1]])
-            own.name = node.input[1] = f"{node.name}/{own.name}"
-    with tempfile.TemporaryDirectory() as scratch:
-        made = Path(scratch, "int8.onnx")
-        kinds = ["MatMul", "Gather", "LSTM"]
-        ort.quantize_dynamic(source, made, kinds, per_channel=True, weight_type=ort.QuantType.QInt8, reduce_range=True)
-        return _without_unused_opsets(onnx.load(made))
+ISLAND_SAMPLES = 64
 
 
 def cpu_call(model: bytes | str) -> Callable[[Arrays], dict[str, np.ndarray]]:
@@ -228,6 +84,15 @@ class Gate:
         values = [np.inf if value is None else value for value in report.max_difference.values()]
         return float(max(values, default=1.0 - report.agreement))
 
+    def shift(self, model: Any) -> float:
+        """Mean difference of the float outputs, of each in units of its standard deviation; else of predictions."""
+        outputs = predict(cpu_call(model.SerializeToString()), self.split, BATCH)
+        floats = [(value, outputs[name]) for name, value in self.reference.items() if value.dtype.kind == "f"]
+        if not floats:
+            return 1.0 - float(self.task.agreement(self.reference, outputs))
+        each = [float(np.abs(a - b).mean() / (a.std() + 1e-12)) for a, b in floats]
+        return float(np.mean([value if np.isfinite(value) else np.inf for value in each]))
+
 
 def half_with_islands(model: Any, gate: Gate) -> tuple[Any, Report, list[str]]:
     """The fp16 graph, its report, and the operator types that had to be kept float32 besides ``ISLANDS``.
@@ -241,7 +106,7 @@ def half_with_islands(model: Any, gate: Gate) -> tuple[Any, Report, list[str]]:
     if report.passed:
         return candidate, report, []
     types = {node.op_type for node in name_nodes(model).graph.node} - ISLANDS - {"Constant", "Shape"}
-    part = gate.part(64)
+    part = gate.part(ISLAND_SAMPLES)
     console.print(
         f"    fp16 fails its gate ({'; '.join(report.reasons)}); measuring the drift of {len(types)} operator types"
     )
@@ -262,12 +127,54 @@ def half_with_islands(model: Any, gate: Gate) -> tuple[Any, Report, list[str]]:
     return candidate, report, found
 
 
+def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str]]:
+    """The int8 graph, its report, and the nodes that had to be kept float, most harmful first.
+
+    When the gate fails, the outputs' shift is measured with each node alone in int8; of the nodes in this order as few
+    are kept float as pass the gate, found by bisection. If all but one are not enough, none is kept and the report
+    says what failed.
+    """
+    candidate = make()
+    report = gate(candidate)
+    names = [] if report.passed else make.convertible()
+    if len(names) < 2:
+        return candidate, report, []
+    part = gate.part(ISLAND_SAMPLES)
+    console.print(f"    int8 fails its gate ({'; '.join(report.reasons)}); measuring {len(names)} nodes", markup=False)
+    shift: dict[str, float] = {}
+    with progress("each node in int8", len(names)) as bar:
+        for name in names:
+            shift[name] = part.shift(make(set(names) - {name}))
+            bar.advance()
+    order = sorted(names, key=lambda name: (-shift[name], name))
+    found: tuple[Any, Report, list[str]] | None = None
+    least, most = 1, len(order) - 1
+    while least <= most:
+        count = most if found is None else (least + most) // 2
+        attempt = make(order[:count])
+        result = gate(attempt)
+        if result.passed:
+            found, most = (attempt, result, order[:count]), count - 1
+        elif found is None:
+            return candidate, report, []
+        else:
+            least = count + 1
+    return found or (candidate, report, [])
+
+
 def _compute_names(model: Any) -> list[str]:
     return [node.name for node in model.graph.node if node.op_type in COMPUTE]
 
 
-def converted(compute: int, stayed: Sequence[str], calibration: Mapping[str, Any] | None, rest: str) -> str:
-    """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples."""
+def converted(
+    compute: int,
+    stayed: Sequence[str],
+    calibration: Mapping[str, Any] | None,
+    rest: str,
+    kept: Collection[str] = (),
+) -> str:
+    """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples; how many
+    nodes were ``kept`` so for the gate."""
     text = f"{compute - len(stayed)} of {compute} compute nodes converted"
     if calibration and calibration["samples"]:
         text += f", calibrated on {calibration['samples']} training samples ({calibration['method']})"
@@ -276,6 +183,8 @@ def converted(compute: int, stayed: Sequence[str], calibration: Mapping[str, Any
     if stayed:
         more = f" and {len(stayed) - NAMED} more" if len(stayed) > NAMED else ""
         text += f"; in {rest}: {', '.join(stayed[:NAMED])}{more}"
+    if kept:
+        text += f"; {len(kept)} kept in {rest} to pass the gate"
     return text
 
 
@@ -303,14 +212,14 @@ def run(job: Job) -> None:
     if precision == "fp16":
         made, report, extra["fp32_islands"] = half_with_islands(model, gate)
     elif precision == "int8-cpu" and settings["dynamic_int8"]:
-        made, extra["calibration"] = to_dynamic_int8(model), {"samples": 0, "method": "dynamic"}
-        report = gate(made)
+        made, report, extra["float_islands"] = int8_with_islands(Dynamic(model), gate)
+        extra["calibration"] = {"samples": 0, "method": "dynamic"}
     elif precision in ("int8-cpu", "int8-trt"):
         calibration = settings["calibration"]
         samples = train.select(evenly(len(train), calibration["samples"]))
-        made = to_int8(model, precision, samples, calibration["method"])
+        make = Static(model, precision, samples, calibration["method"])
+        made, report, extra["float_islands"] = int8_with_islands(make, gate)
         extra["calibration"] = {"samples": len(samples), "method": calibration["method"]}
-        report = gate(made)
     else:
         raise PrecisionError(f"precision {precision!r}: expected one of fp16, int8-cpu, int8-trt")
 
@@ -330,7 +239,9 @@ def run(job: Job) -> None:
             "precision": precision,
             "opset": opset_of(made),
             "float_nodes": stayed,
-            "converted": converted(compute, stayed, extra.get("calibration"), _rest(made, precision)),
+            "converted": converted(
+                compute, stayed, extra.get("calibration"), _rest(made, precision), extra.get("float_islands", ())
+            ),
             "verify": report.as_dict(),
         }
         draft.metrics = {

@@ -26,7 +26,7 @@ Model = Callable[..., Any]
 @pytest.fixture
 def graphs(tmp_path: Path, make_model: Model, make_images: Model) -> Callable[[str], Path]:
     from export.half import to_half
-    from export.precision import to_int8
+    from export.int8 import Static
     from toolchain.tasks import Split
 
     def write(kind: str) -> Path:
@@ -34,7 +34,7 @@ def graphs(tmp_path: Path, make_model: Model, make_images: Model) -> Callable[[s
         if kind == "fp16":
             model = to_half(model)
         elif kind.startswith("int8"):
-            model = to_int8(model, kind, Split({"image": make_images(16)}, ("image",)))
+            model = Static(model, kind, Split({"image": make_images(16)}, ("image",)))()
         onnx.save(model, tmp_path / f"{kind}.onnx")
         return tmp_path / f"{kind}.onnx"
 

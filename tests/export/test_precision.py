@@ -13,8 +13,9 @@ import onnxruntime
 import pytest
 
 from export import precision
-from export.half import PrecisionError, edges, emulated_half, measured, to_half
-from export.precision import Gate, float_compute, half_with_islands, to_dynamic_int8, to_int8
+from export.half import PrecisionError, edges, emulated_half, float_compute, measured, to_half
+from export.int8 import Dynamic, Static
+from export.precision import Gate, half_with_islands, int8_with_islands
 from export.verify import ParityError
 from toolchain import artifact
 from toolchain.stage import Job
@@ -186,7 +187,7 @@ def test_the_search_for_islands_ends_in_a_failed_report(
 
 @pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
 def test_int8_cpu_quantises_all_that_computes(make_model: Model, make_images: Model, method: str) -> None:
-    made = to_int8(make_model(), "int8-cpu", Split({"image": make_images(20)}, ("image",)), method)
+    made = Static(make_model(), "int8-cpu", Split({"image": make_images(20)}, ("image",)), method)()
     onnx.checker.check_model(made, full_check=True)
     assert float_compute(made, "int8-cpu") == []
     zero = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
@@ -198,7 +199,7 @@ def test_int8_cpu_quantises_all_that_computes(make_model: Model, make_images: Mo
 
 
 def test_int8_trt_is_symmetric_without_quantised_bias_and_half_elsewhere(make_model: Model, make_images: Model) -> None:
-    made = to_int8(make_model(), "int8-trt", Split({"image": make_images(20)}, ("image",)))
+    made = Static(make_model(), "int8-trt", Split({"image": make_images(20)}, ("image",)))()
     assert float_compute(made, "int8-trt") == []
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
     for node in made.graph.node:
@@ -235,7 +236,7 @@ def test_a_mask_before_softmax_is_not_quantised() -> None:
     feeds = {"x": rng.normal(size=(16, 8)).astype(np.float32), "mask": mask}
     expected = session(model)(feeds)["y"]
     for kind in ("int8-cpu", "int8-trt"):
-        made = to_int8(model, kind, Split(feeds, ("x", "mask")))
+        made = Static(model, kind, Split(feeds, ("x", "mask")))()
         assert float_compute(made, kind) == ["first"]
         np.testing.assert_allclose(session(made)(feeds)["y"], expected, atol=0.1)
 
@@ -275,7 +276,7 @@ def test_what_reads_a_measured_input_stays_float_and_what_reads_pixels_does_not(
     rng = np.random.default_rng(1)
     x = rng.normal(size=(32, 4, 2)).astype(np.float32)
     x[:, 0] += rng.choice([0.0, 300.0], (32, 1)).astype(np.float32)  # eight bits of this range would leave metres
-    made = to_int8(model, kind, Split({"x": x}, ("x",)))
+    made = Static(model, kind, Split({"x": x}, ("x",)))()
     assert float_compute(made, kind) == ["first"]
     near = np.zeros((1, 4, 2), np.float32)
     step = near + np.float32(0.5) * np.eye(4, 2, dtype=np.float32)
@@ -300,8 +301,82 @@ def test_dynamic_int8_of_layers_that_share_a_weight() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     x = rng.normal(size=(16, 8)).astype(np.float32)
-    expected, found = session(model)({"x": x})["y"], session(to_dynamic_int8(model))({"x": x})["y"]
+    expected, found = session(model)({"x": x})["y"], session(Dynamic(model)())({"x": x})["y"]
     np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+
+
+def outliers_graph() -> Any:
+    """x (n, 4) -> tokens (n, 16) -> four matrix products; what ``wide`` reads has a huge, unused channel."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    square = {name: rng.normal(size=(16, 16)) / 4 for name in ("w.a", "w.wide", "w.c")}
+    square["w.wide"][0] = 0
+    values = square | {"w.in": rng.normal(size=(4, 16)), "huge": np.eye(1, 16)[0] * 3000}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w.in"], ["t"], "in"),
+        helper.make_node("Tanh", ["t"], ["t0"]),
+        helper.make_node("MatMul", ["t0", "w.a"], ["t1"], "a"),
+        helper.make_node("Tanh", ["t1"], ["t2"]),
+        helper.make_node("Add", ["t2", "huge"], ["t3"], "shift"),
+        helper.make_node("MatMul", ["t3", "w.wide"], ["t4"], "wide"),
+        helper.make_node("Tanh", ["t4"], ["t5"]),
+        helper.make_node("MatMul", ["t5", "w.c"], ["logits"], "c"),
+        helper.make_node("Softmax", ["logits"], ["probabilities"], "softmax", axis=-1),
+        helper.make_node("ArgMax", ["logits"], ["label"], "argmax", axis=-1, keepdims=0),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "outliers",
+        [value("x", TensorProto.FLOAT, ["n", 4])],
+        [value("probabilities", TensorProto.FLOAT, ["n", 16]), value("label", TensorProto.INT64, ["n"])],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in values.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def outliers_gate(task: ModuleType, **limits: float) -> Gate:
+    x = np.random.default_rng(1).normal(size=(96, 4)).astype(np.float32)
+    reference = session(outliers_graph())({"x": x})
+    return Gate(Split({"x": x, "target": reference["label"]}, ("x",)), reference, task, limits)
+
+
+@pytest.mark.parametrize("kind", ["int8-cpu", "int8-trt", "dynamic"])
+def test_int8_keeps_float_what_it_ruins_and_nothing_else(kind: str, task: ModuleType) -> None:
+    check = outliers_gate(task, agreement=0.9)
+    model = outliers_graph()
+    make: Any = Dynamic(model) if kind == "dynamic" else Static(model, kind, check.split)
+    assert check(make()).agreement < 0.5
+    assert {"a", "wide", "c"} <= set(make.convertible())
+    made, report, kept = int8_with_islands(make, check)
+    assert report.passed
+    assert kept == ["wide"]
+    if kind != "dynamic":
+        assert {"a", "c"}.isdisjoint(float_compute(made, kind))
+        assert "wide" in float_compute(made, kind)
+
+
+def test_a_calibration_is_done_once(make_model: Model, make_images: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = Static(make_model(), "int8-cpu", Split({"image": make_images(20)}, ("image",)))
+    first = make()
+    monkeypatch.setattr(make, "split", None)
+    assert float_compute(make(["conv"]), "int8-cpu") == ["conv"]
+    again = make()
+    assert len(again.graph.node) == len(first.graph.node)
+    images = make_images(8)
+    np.testing.assert_allclose(
+        session(again)({"image": images})["probabilities"],
+        session(first)({"image": images})["probabilities"],
+        atol=1e-6,
+    )
+
+
+def test_the_search_for_float_nodes_ends_in_a_failed_report(task: ModuleType) -> None:
+    check = outliers_gate(task, max_difference=0.0)
+    _, report, kept = int8_with_islands(Dynamic(outliers_graph()), check)
+    assert not report.passed
+    assert kept == []
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8-cpu", "int8-trt"])
@@ -344,6 +419,11 @@ def test_many_nodes_that_stayed_float_are_counted() -> None:
         "1 of 9 compute nodes converted, calibrated on 4 training samples (minmax); "
         "in fp16: n0, n1, n2, n3, n4, n5 and 2 more"
     )
+
+
+def test_what_was_kept_float_for_the_gate_is_told() -> None:
+    text = precision.converted(4, ["wide"], {"samples": 0, "method": "dynamic"}, "float32", ["wide"])
+    assert text.endswith("in float32: wide; 1 kept in float32 to pass the gate")
 
 
 def test_an_impossible_limit_fails_and_leaves_nothing(

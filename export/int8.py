@@ -1,0 +1,222 @@
+"""int8 inside an ONNX graph: Q/DQ calibrated on real samples, or scaled in every call; any node can be kept float."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from export.half import COMPUTE, ISLANDS, edges, float_compute, measured, name_nodes, opset_of, to_half
+from toolchain.stage import console, progress
+from toolchain.tasks import Split
+
+HALF_SCALES = 19  # the first opset whose QuantizeLinear takes half scales
+# Of int8-trt, whose scales are half: below this, half's spacing would be coarser than int8's own rounding.
+LEAST_SCALE = 1e-5
+# What ONNX Runtime's CPU kernels gain from; softmax, sigmoid and normalisations would lose more than they gain.
+CPU_OPS = (
+    *COMPUTE,
+    *("Add", "Mul", "Relu", "Clip", "LeakyRelu", "Concat", "Resize", "MaxPool", "AveragePool", "GlobalAveragePool"),
+    *("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Pad"),
+)
+TRT_OPS = ("Conv", "MatMul", "Gemm")
+DYNAMIC_OPS = ("MatMul", "Gather", "LSTM")
+
+
+class Int8(Protocol):
+    """Makes int8 graphs of one float graph."""
+
+    def __call__(self, kept: Collection[str] = ()) -> Any:
+        """The graph in which the nodes ``kept`` (by name) stay float."""
+
+    def convertible(self) -> list[str]:
+        """Names of the nodes with weights that are int8 unless they are kept."""
+
+
+def masks(model: Any) -> set[str]:
+    """Names of the nodes other than matrix products that feed a softmax: a mask's -inf would use up int8's range."""
+    into = {node.input[0] for node in model.graph.node if node.op_type in ("Softmax", "LogSoftmax")}
+    return {n.name for n in model.graph.node if n.op_type not in COMPUTE and into.intersection(n.output)}
+
+
+class Reader:
+    """Feeds real samples to ONNX Runtime's calibration, ``batch`` at a time."""
+
+    def __init__(self, split: Split, batch: int, tell: Callable[[int], None]) -> None:
+        self._feeds = self._batches(split, batch, tell)
+
+    @staticmethod
+    def _batches(split: Split, batch: int, tell: Callable[[int], None]) -> Iterator[dict[str, np.ndarray]]:
+        for start in range(0, len(split), batch):
+            stop = min(start + batch, len(split))
+            yield split.feed(slice(start, stop))
+            tell(stop - start)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._feeds, None)
+
+
+class Static:
+    """Q/DQ graphs: int8 weights per channel, activations calibrated on ``split`` by ``method``, once.
+
+    What reads a float input of the graph is not quantised (see ``half.measured``).
+
+    ``int8-cpu``: asymmetric uint8 activations, every operator that ONNX Runtime's CPU kernels gain from, and weights of
+    seven bits: on x86 without VNNI those kernels add two products in int16, which eight bits overflow.
+    ``int8-trt``: symmetric int8 activations, float bias, and Q/DQ on the inputs of Conv, MatMul and Gemm alone, which
+    is what TensorRT fuses; its parser rejects int32 bias. The rest is half, as TensorRT's fastest int8 engines are
+    (and sm_75 has no float32 matrix product), from opset 19 on, where Q/DQ may be half.
+    """
+
+    def __init__(self, model: Any, precision: str, split: Split, method: str = "minmax") -> None:
+        self.precision, self.split, self.method = precision, split, method
+        self.source = name_nodes(_folded(model))
+        self.float_ = edges(self.source) | masks(self.source) | measured(self.source)
+        self.ranges: str | None = None
+
+    def convertible(self) -> list[str]:
+        stays = set(float_compute(self(), self.precision))
+        return [n.name for n in self.source.graph.node if n.op_type in COMPUTE and n.name not in stays]
+
+    def __call__(self, kept: Collection[str] = ()) -> Any:
+        result = self._quantised(self.float_ | _with_feeding(self.source, kept))
+        if self.precision == "int8-cpu":
+            return result
+        if opset_of(result) < HALF_SCALES:
+            console.print(
+                "    note: below opset 19 the unquantised part of int8-trt stays float32; set export.opset=20"
+            )
+            return result
+        return to_half(result, ISLANDS - {"QuantizeLinear", "DequantizeLinear"})
+
+    def _quantised(self, float_: Collection[str]) -> Any:
+        import onnx
+        from onnxruntime import quantization as ort
+
+        cpu = self.precision == "int8-cpu"
+        options: dict[str, Any] = {"WeightSymmetric": True}
+        if cpu:
+            # A logit is not quantised again on its way out.
+            options |= {"OpTypesToExcludeOutputQuantization": ["MatMul", "Gemm"]}
+        else:
+            options |= {"ActivationSymmetric": True, "QuantizeBias": False}
+            options |= {"OpTypesToExcludeOutputQuantization": list(TRT_OPS), "MinimumRealRange": 254 * LEAST_SCALE}
+        methods = {name.lower(): value for name, value in ort.CalibrationMethod.__members__.items()}
+        with tempfile.TemporaryDirectory() as scratch, redirect_stdout(StringIO()):
+            made, cache = Path(scratch, "int8.onnx"), Path(scratch, "ranges.json")
+
+            def quantise(reader: Reader | None) -> None:
+                ort.quantize_static(
+                    _copy(self.source),  # it moves the weights out of what it is given
+                    made,
+                    reader,
+                    quant_format=ort.QuantFormat.QDQ,
+                    op_types_to_quantize=list(CPU_OPS if cpu else TRT_OPS),
+                    per_channel=True,
+                    reduce_range=cpu,
+                    activation_type=ort.QuantType.QUInt8 if cpu else ort.QuantType.QInt8,
+                    weight_type=ort.QuantType.QInt8,
+                    nodes_to_exclude=sorted(float_),
+                    calibrate_method=methods[self.method],
+                    extra_options=options,
+                    calibration_cache_path=cache,
+                )
+
+            if self.ranges is None:
+                # Histograms need equal shapes, so they take one sample at a time.
+                batch = 16 if self.method == "minmax" else 1
+                with progress("calibrating", len(self.split)) as bar:
+                    quantise(Reader(self.split, batch, bar.advance))
+                self.ranges = cache.read_text(encoding="utf-8")
+            else:
+                cache.write_text(self.ranges, encoding="utf-8")
+                quantise(None)
+            return _without_unused_opsets(onnx.load(made))
+
+
+class Dynamic:
+    """int8 weights per channel; activations quantised at run time from their own range (ONNX Runtime CPU only).
+
+    Weights have seven bits, see ``Static``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.source = name_nodes(_folded(model))
+        # ONNX Runtime turns each Gemm into a MatMul by transposing its weight in place, so none may be shared.
+        weights = {tensor.name: tensor for tensor in self.source.graph.initializer}
+        for node in self.source.graph.node:
+            if node.op_type == "Gemm" and node.input[1] in weights:
+                own = self.source.graph.initializer.add()
+                own.CopyFrom(weights[node.input[1]])
+                own.name = node.input[1] = f"{node.name}/{own.name}"
+
+    def convertible(self) -> list[str]:
+        import onnx
+
+        single = onnx.TensorProto.FLOAT
+        weights = {tensor.name for tensor in self.source.graph.initializer if tensor.data_type == single}
+        kinds = {"Gemm", *DYNAMIC_OPS}
+        return [n.name for n in self.source.graph.node if n.op_type in kinds and weights.intersection(n.input[:2])]
+
+    def __call__(self, kept: Collection[str] = ()) -> Any:
+        import onnx
+        from onnxruntime import quantization as ort
+
+        with tempfile.TemporaryDirectory() as scratch:
+            made = Path(scratch, "int8.onnx")
+            ort.quantize_dynamic(
+                _copy(self.source),
+                made,
+                list(DYNAMIC_OPS),
+                per_channel=True,
+                weight_type=ort.QuantType.QInt8,
+                reduce_range=True,
+                # A Gemm is renamed before the names are looked at.
+                nodes_to_exclude=[name for one in sorted(kept) for name in (one, f"{one}_MatMul")],
+            )
+            return _without_unused_opsets(onnx.load(made))
+
+
+def _with_feeding(model: Any, names: Collection[str]) -> set[str]:
+    """``names`` and the nodes on the way to them, whose outputs would be quantised for them too: up to the convolution
+    or matrix product before, or to where two values are joined."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    found, left = set(names), [node for node in model.graph.node if node.name in names]
+    while left:
+        feeding = [makers[name] for name in left.pop().input if name in makers]
+        new = {one.name: one for one in feeding if one.op_type not in COMPUTE and one.name not in found}
+        found.update(new)
+        left += [one for one in new.values() if sum(name in makers for name in one.input) == 1]
+    return found
+
+
+def _copy(model: Any) -> Any:
+    return type(model).FromString(model.SerializeToString())
+
+
+def _without_unused_opsets(model: Any) -> Any:
+    used = {node.domain for node in model.graph.node} | {""}
+    pairs = [(entry.domain, entry.version) for entry in model.opset_import if entry.domain in used]
+    model.ClearField("opset_import")
+    for domain, version in pairs:
+        model.opset_import.add(domain=domain, version=version)
+    return model
+
+
+def _folded(model: Any) -> Any:
+    """A copy with constants and batch normalisation folded, as quantising wants it."""
+    import onnx
+    from onnxruntime.quantization import quant_pre_process
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source, folded = Path(scratch, "source.onnx"), Path(scratch, "folded.onnx")
+        onnx.save(model, source)
+        quant_pre_process(source, folded, skip_symbolic_shape=True)
+        model = onnx.load(folded)
+        model.graph.ClearField("value_info")
+        return model
