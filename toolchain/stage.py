@@ -95,11 +95,22 @@ def guard(action: Callable[[], int | None]) -> int:
     except Exception as error:
         if os.environ.get("EDGESTILL_DEBUG"):
             raise
-        text = str(error)
+        text = _no_folder(error) or str(error)
         if not isinstance(error, (EdgestillError, OSError)):
             text = f"{type(error).__name__}: {text} (an unexpected error; EDGESTILL_DEBUG=1 shows its traceback)"
         console.print(f"error: {text}", markup=False, style="red")
         return WRONG_USE if isinstance(error, UsageError) else FAILED
+
+
+def _no_folder(error: Exception) -> str | None:
+    """What to say where a file lies in a folder's place."""
+    if not isinstance(error, (FileExistsError, NotADirectoryError)) or not isinstance(error.filename, str):
+        return None
+    place = Path(error.filename)
+    file = next((one for one in (place, *place.parents) if one.is_file()), None)
+    if file is None:
+        return None
+    return f"{file}: expected a folder, found a file; move it away, or give another --out or --work"
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

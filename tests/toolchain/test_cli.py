@@ -86,6 +86,15 @@ def test_user_errors_end_with_a_message_and_a_code(arguments: list[str], code: i
     assert "Traceback" not in reply.stderr
 
 
+@pytest.mark.parametrize("below", ["", "runs/digits"])
+def test_a_file_where_a_folder_should_be_is_told(below: str, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    reply = edgestill("run", DIGITS, "--out", str(file / below))
+    assert reply.returncode == 1
+    assert f"{file}: expected a folder, found a file" in " ".join(reply.stderr.split())
+
+
 def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in edgestill("run", DIGITS, "student.widht=3", "--debug").stderr
 
