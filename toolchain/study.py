@@ -7,6 +7,7 @@ Rows that are in the results file are not run again: a row is known by its datas
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import platform
@@ -153,7 +154,7 @@ def _merge(config: dict[str, Any], changes: Mapping[str, Any]) -> None:
         if isinstance(item, Mapping) and isinstance(place.get(last), dict) and dotted != "method":
             _merge(place[last], item)
         else:
-            place[last] = item
+            place[last] = copy.deepcopy(item)  # a later merge reaches inside
 
 
 def done(results: Path) -> set[tuple[str, str, int, str]]:

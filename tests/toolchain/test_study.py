@@ -103,13 +103,17 @@ def test_a_method_may_run_on_some_datasets_only(path: Path) -> None:
     ]
 
 
-def test_a_method_is_tuned_on_one_dataset(path: Path) -> None:
-    path.write_text(f"{STUDY}tuned: {{digits-200: {{fitnet: {{method.weight: 5, train.lr: 0.5}}}}}}\n")
+@pytest.mark.parametrize("dataset", ["digits", "digits-200"])
+def test_a_method_is_tuned_on_one_dataset(dataset: str, path: Path) -> None:
+    path.write_text(f"{STUDY}tuned: {{{dataset}: {{fitnet: {{method.weight: 5, train.lr: 0.5}}}}}}\n")
     found = {(row.dataset, row.method): row.config for row in study.rows(path)[1]}
-    tuned = found.pop(("digits-200", "fitnet"))
+    tuned = found.pop((dataset, "fitnet"))
     assert (tuned.method.weight, tuned.train.lr) == (5, 0.5)
     assert all(config.train.lr != 0.5 for config in found.values())
     assert all(config.method.weight == 3 for (_, method), config in found.items() if method == "fitnet")
+
+
+def test_what_is_tuned_is_in_the_study(path: Path) -> None:
     path.write_text(f"{STUDY}tuned: {{digit: {{fitnet: {{}}}}}}\n")
     with pytest.raises(ConfigError, match=r"tiny.yaml:11: tuned.digit: no dataset 'digit'; did you mean 'digits'\?"):
         study.rows(path)
