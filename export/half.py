@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,10 +46,11 @@ class PrecisionError(EdgestillError):
 
 def name_nodes(model: Any) -> Any:
     """Give every node a unique name, in place: islands and exclusions are by name."""
-    taken: set[str] = set()
+    given, taken = {node.name for node in model.graph.node}, set[str]()
     for index, node in enumerate(model.graph.node):
         if not node.name or node.name in taken:
-            node.name = f"{node.op_type}_{index}"
+            places = (f"{node.op_type}_{number}" for number in itertools.count(index))
+            node.name = next(name for name in places if name not in given | taken)
         taken.add(node.name)
     return model
 

@@ -1,17 +1,29 @@
-"""int8 inside an ONNX graph: Q/DQ calibrated on real samples, or scaled in every call; any node can be kept float."""
+"""int8 inside an ONNX graph: Q/DQ calibrated on real samples, or scaled in every call; nodes can be kept float."""
 
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import redirect_stdout
+from inspect import signature
 from io import StringIO
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from export.half import COMPUTE, ISLANDS, edges, float_compute, measured, name_nodes, opset_of, to_half
+from export.half import (
+    COMPUTE,
+    ISLANDS,
+    PrecisionError,
+    edges,
+    float_compute,
+    measured,
+    name_nodes,
+    opset_of,
+    to_half,
+)
 from toolchain.stage import console, progress
 from toolchain.tasks import Split
 
@@ -25,17 +37,19 @@ CPU_OPS = (
     *("Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Split", "Pad"),
 )
 TRT_OPS = ("Conv", "MatMul", "Gemm")
-DYNAMIC_OPS = ("MatMul", "Gather", "LSTM")
+DYNAMIC_OPS = {"MatMul": 1, "Gather": 0, "LSTM": 1}  # and which input is the weight
 
 
 class Int8(Protocol):
     """Makes int8 graphs of one float graph."""
 
-    def __call__(self, kept: Collection[str] = ()) -> Any:
-        """The graph in which the nodes ``kept`` (by name) stay float."""
+    source: Any
 
-    def convertible(self) -> list[str]:
-        """Names of the nodes with weights that are int8 unless they are kept."""
+    def __call__(self, kept: Collection[str] = ()) -> Any:
+        """The graph in which the nodes ``kept`` compute in float. Raises PrecisionError on a name not in ``source``."""
+
+    def convertible(self, made: Any) -> list[str]:
+        """Names in ``source`` of what computes in int8 in ``made``, the graph without ``kept``, and may be kept."""
 
 
 def masks(model: Any) -> set[str]:
@@ -74,23 +88,29 @@ class Static:
     """
 
     def __init__(self, model: Any, precision: str, split: Split, method: str = "minmax") -> None:
+        from onnxruntime import __version__ as found
+        from onnxruntime.quantization import quantize_static
+
+        if "calibration_cache_path" not in signature(quantize_static).parameters:
+            raise PrecisionError(
+                f"int8 graphs are made with ONNX Runtime 1.27 or newer, found {found}: pip install --upgrade "
+                "onnxruntime (or onnxruntime-gpu), or leave int8 out of export.precisions"
+            )
         self.precision, self.split, self.method = precision, split, method
-        self.source = name_nodes(_folded(model))
+        self.source = _source(model)
         self.float_ = edges(self.source) | masks(self.source) | measured(self.source)
         self.ranges: str | None = None
+        if precision == "int8-trt" and opset_of(self.source) < HALF_SCALES:
+            console.print("    note: below opset 19 the rest of int8-trt stays float32; set export.opset=20")
 
-    def convertible(self) -> list[str]:
-        stays = set(float_compute(self(), self.precision))
+    def convertible(self, made: Any) -> list[str]:
+        stays = set(float_compute(made, self.precision))
         return [n.name for n in self.source.graph.node if n.op_type in COMPUTE and n.name not in stays]
 
     def __call__(self, kept: Collection[str] = ()) -> Any:
+        _known(self.source, kept)
         result = self._quantised(self.float_ | _with_feeding(self.source, kept))
-        if self.precision == "int8-cpu":
-            return result
-        if opset_of(result) < HALF_SCALES:
-            console.print(
-                "    note: below opset 19 the unquantised part of int8-trt stays float32; set export.opset=20"
-            )
+        if self.precision == "int8-cpu" or opset_of(result) < HALF_SCALES:
             return result
         return to_half(result, ISLANDS - {"QuantizeLinear", "DequantizeLinear"})
 
@@ -146,27 +166,21 @@ class Dynamic:
     """
 
     def __init__(self, model: Any) -> None:
-        self.source = name_nodes(_folded(model))
-        # ONNX Runtime turns each Gemm into a MatMul by transposing its weight in place, so none may be shared.
-        weights = {tensor.name: tensor for tensor in self.source.graph.initializer}
-        for node in self.source.graph.node:
-            if node.op_type == "Gemm" and node.input[1] in weights:
-                own = self.source.graph.initializer.add()
-                own.CopyFrom(weights[node.input[1]])
-                own.name = node.input[1] = f"{node.name}/{own.name}"
+        self.source = _source(model)
 
-    def convertible(self) -> list[str]:
+    def convertible(self, made: Any) -> list[str]:
         import onnx
 
         single = onnx.TensorProto.FLOAT
         weights = {tensor.name for tensor in self.source.graph.initializer if tensor.data_type == single}
-        kinds = {"Gemm", *DYNAMIC_OPS}
-        return [n.name for n in self.source.graph.node if n.op_type in kinds and weights.intersection(n.input[:2])]
+        place = {"Gemm": 1} | DYNAMIC_OPS
+        return [n.name for n in self.source.graph.node if n.op_type in place and n.input[place[n.op_type]] in weights]
 
     def __call__(self, kept: Collection[str] = ()) -> Any:
         import onnx
         from onnxruntime import quantization as ort
 
+        _known(self.source, kept)
         with tempfile.TemporaryDirectory() as scratch:
             made = Path(scratch, "int8.onnx")
             ort.quantize_dynamic(
@@ -182,10 +196,29 @@ class Dynamic:
             return _without_unused_opsets(onnx.load(made))
 
 
+def _known(model: Any, names: Collection[str]) -> None:
+    if unknown := set(names) - {node.name for node in model.graph.node}:
+        raise PrecisionError(f"expected nodes of the graph to keep float, found {', '.join(sorted(unknown))}")
+
+
+def _source(model: Any) -> Any:
+    """A folded copy with named nodes, in which no Gemm shares its weight: ONNX Runtime transposes the weight of a Gemm
+    in place, or scales it per channel along the axis that its transB asks for."""
+    source = name_nodes(_folded(model))
+    weights = {tensor.name: tensor for tensor in source.graph.initializer}
+    users = Counter(name for node in source.graph.node for name in node.input)
+    for node in source.graph.node:
+        if node.op_type == "Gemm" and node.input[1] in weights and users[node.input[1]] > 1:
+            own = source.graph.initializer.add()
+            own.CopyFrom(weights[node.input[1]])
+            own.name = node.input[1] = f"{node.name}/{own.name}"
+    return source
+
+
 def _with_feeding(model: Any, names: Collection[str]) -> set[str]:
     """``names`` and the nodes on the way to them, whose outputs would be quantised for them too: up to the convolution
     or matrix product before, or to where two values are joined."""
-    makers = {name: node for node in model.graph.node for name in node.output}
+    makers = {name: node for node in model.graph.node if node.op_type != "Constant" for name in node.output}
     found, left = set(names), [node for node in model.graph.node if node.name in names]
     while left:
         feeding = [makers[name] for name in left.pop().input if name in makers]

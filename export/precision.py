@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,8 @@ class Gate:
 
     def shift(self, model: Any) -> float:
         """Mean difference of the float outputs, of each in units of its standard deviation; else of predictions."""
-        outputs = predict(cpu_call(model.SerializeToString()), self.split, BATCH)
+        rounded = emulated_half(model) if has_half(model) else model
+        outputs = predict(cpu_call(rounded.SerializeToString()), self.split, BATCH)
         floats = [(value, outputs[name]) for name, value in self.reference.items() if value.dtype.kind == "f"]
         if not floats:
             return 1.0 - float(self.task.agreement(self.reference, outputs))
@@ -130,15 +131,17 @@ def half_with_islands(model: Any, gate: Gate) -> tuple[Any, Report, list[str]]:
 def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str]]:
     """The int8 graph, its report, and the nodes that had to be kept float, most harmful first.
 
-    When the gate fails, the outputs' shift is measured with each node alone in int8; of the nodes in this order as few
-    are kept float as pass the gate, found by bisection. If all but one are not enough, none is kept and the report
+    When the gate fails, the outputs' shift is measured with each convolution, matrix product or table alone in int8.
+    In this order, those up to some place are kept float; bisection finds a place early in it that passes the gate, on
+    whose samples the choice is made. If all but the last that computes are not enough, none is kept, and the report
     says what failed.
     """
     candidate = make()
     report = gate(candidate)
-    names = [] if report.passed else make.convertible()
+    names = [] if report.passed else make.convertible(candidate)
     if len(names) < 2:
         return candidate, report, []
+    computing = set(_compute_names(make.source))
     part = gate.part(ISLAND_SAMPLES)
     console.print(f"    int8 fails its gate ({'; '.join(report.reasons)}); measuring {len(names)} nodes", markup=False)
     shift: dict[str, float] = {}
@@ -148,7 +151,7 @@ def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str]]:
             bar.advance()
     order = sorted(names, key=lambda name: (-shift[name], name))
     found: tuple[Any, Report, list[str]] | None = None
-    least, most = 1, len(order) - 1
+    least, most = 1, max((place for place, name in enumerate(order) if name in computing), default=0)
     while least <= most:
         count = most if found is None else (least + most) // 2
         attempt = make(order[:count])
@@ -156,6 +159,7 @@ def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str]]:
         if result.passed:
             found, most = (attempt, result, order[:count]), count - 1
         elif found is None:
+            console.print(f"    keeping {count} of them in float is not enough")
             return candidate, report, []
         else:
             least = count + 1
@@ -171,21 +175,24 @@ def converted(
     stayed: Sequence[str],
     calibration: Mapping[str, Any] | None,
     rest: str,
-    kept: Collection[str] = (),
+    kept: Sequence[str] = (),
 ) -> str:
-    """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples; how many
-    nodes were ``kept`` so for the gate."""
+    """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples; which nodes
+    were ``kept`` so for the gate."""
     text = f"{compute - len(stayed)} of {compute} compute nodes converted"
     if calibration and calibration["samples"]:
         text += f", calibrated on {calibration['samples']} training samples ({calibration['method']})"
     elif calibration:
         text += ", activations scaled in every call, without calibration"
     if stayed:
-        more = f" and {len(stayed) - NAMED} more" if len(stayed) > NAMED else ""
-        text += f"; in {rest}: {', '.join(stayed[:NAMED])}{more}"
+        text += f"; in {rest}: {_named(stayed)}"
     if kept:
-        text += f"; {len(kept)} kept in {rest} to pass the gate"
+        text += f"; kept in {rest} to pass the gate: {_named(kept)}"
     return text
+
+
+def _named(nodes: Sequence[str]) -> str:
+    return ", ".join(nodes[:NAMED]) + (f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else "")
 
 
 def _rest(made: Any, precision: str) -> str:

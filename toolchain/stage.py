@@ -110,7 +110,7 @@ def _no_folder(error: Exception) -> str | None:
     file = next((one for one in (place, *place.parents) if one.is_file()), None)
     if file is None:
         return None
-    return f"{file}: expected a folder, found a file; move it away, or give another --out or --work"
+    return f"{file}: expected a folder, found a file; move it away, or name another place"
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

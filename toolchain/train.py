@@ -312,7 +312,7 @@ class _Training:
                 sums[f"{name} count"] = sums.get(f"{name} count", 0.0) + 1
         self.pending.clear()
         means = _means(*self.course.values())
-        shown = " ".join(f"{name} {means[name]:.3g}" for name in ("loss", "accuracy") if name in means)
+        shown = " ".join(f"{name} {means[name]:.3g}" for name in ("loss", "accuracy", "agreement") if name in means)
         score = f" val {next(iter(self.best['val'].values())):.4g}" if self.best.get("val") else ""
         bar.update(f"{self.name}: epoch {self.epoch + 1}/{self.recipe.epochs} {shown}{score}")
 

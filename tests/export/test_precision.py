@@ -4,7 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,12 @@ import onnxruntime
 import pytest
 
 from export import precision
-from export.half import PrecisionError, edges, emulated_half, float_compute, measured, to_half
+from export.half import PrecisionError, edges, emulated_half, float_compute, measured, name_nodes, to_half
 from export.int8 import Dynamic, Static
 from export.precision import Gate, half_with_islands, int8_with_islands
 from export.verify import ParityError
 from toolchain import artifact
+from toolchain.artifact import Port
 from toolchain.stage import Job
 from toolchain.tasks import Data, Split, save_data
 
@@ -301,8 +302,65 @@ def test_dynamic_int8_of_layers_that_share_a_weight() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     x = rng.normal(size=(16, 8)).astype(np.float32)
-    expected, found = session(model)({"x": x})["y"], session(Dynamic(model)())({"x": x})["y"]
-    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+    expected, make = session(model)({"x": x})["y"], Dynamic(model)
+    np.testing.assert_allclose(session(make())({"x": x})["y"], expected, atol=0.05 * np.abs(expected).max())
+    assert make.convertible(make()) == ["first", "second"]
+    half, whole = make(["first"]), make(["first", "second"])
+    assert [node.op_type for node in half.graph.node].count("MatMulInteger") == 1
+    np.testing.assert_allclose(session(whole)({"x": x})["y"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["int8-cpu", "int8-trt"])
+def test_static_int8_of_layers_that_share_a_weight(kind: str) -> None:
+    """ONNX Runtime scales the weight of a MatMul and of a transposed Gemm along different axes."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["a"], "in"),
+        helper.make_node("Tanh", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "w"], ["c"], "plain"),
+        helper.make_node("Tanh", ["c"], ["d"]),
+        helper.make_node("Gemm", ["d", "w"], ["y"], "transposed", transB=1),
+    ]
+    weights = {"w0": rng.normal(size=(8, 8)), "w": rng.normal(size=(8, 8)) * np.logspace(-1, 1, 8)}
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "tied",
+        [value("x", TensorProto.FLOAT, ["n", 8])],
+        [value("y", TensorProto.FLOAT, ["n", 8])],
+        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    x = rng.normal(size=(64, 8)).astype(np.float32)
+    expected = session(model)({"x": x})["y"]
+    found = session(Static(model, kind, Split({"x": x}, ("x",)))())({"x": x})["y"]
+    assert np.abs(found - expected).mean() < 0.05 * np.abs(expected).mean()
+
+
+def test_dynamic_int8_lists_what_has_a_constant_weight() -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes = [
+        helper.make_node("MatMul", ["left", "x"], ["a"], "left"),
+        helper.make_node("MatMul", ["a", "right"], ["b"], "right"),
+        helper.make_node("MatMul", ["b", "a"], ["y"], "both"),
+    ]
+    weight = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "sides",
+        [value("x", TensorProto.FLOAT, [8, 8])],
+        [value("y", TensorProto.FLOAT, [8, 8])],
+        [numpy_helper.from_array(weight, name) for name in ("left", "right")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    make = Dynamic(model)
+    made = make()
+    assert make.convertible(made) == ["right"]
+    assert [node.op_type for node in made.graph.node].count("MatMulInteger") == 1
 
 
 def outliers_graph() -> Any:
@@ -336,10 +394,14 @@ def outliers_graph() -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def outliers_gate(task: ModuleType, **limits: float) -> Gate:
+def outliers_split() -> Split:
     x = np.random.default_rng(1).normal(size=(96, 4)).astype(np.float32)
-    reference = session(outliers_graph())({"x": x})
-    return Gate(Split({"x": x, "target": reference["label"]}, ("x",)), reference, task, limits)
+    return Split({"x": x, "target": session(outliers_graph())({"x": x})["label"]}, ("x",))
+
+
+def outliers_gate(task: ModuleType, **limits: float) -> Gate:
+    split = outliers_split()
+    return Gate(split, session(outliers_graph())({"x": split.arrays["x"]}), task, limits)
 
 
 @pytest.mark.parametrize("kind", ["int8-cpu", "int8-trt", "dynamic"])
@@ -347,8 +409,9 @@ def test_int8_keeps_float_what_it_ruins_and_nothing_else(kind: str, task: Module
     check = outliers_gate(task, agreement=0.9)
     model = outliers_graph()
     make: Any = Dynamic(model) if kind == "dynamic" else Static(model, kind, check.split)
-    assert check(make()).agreement < 0.5
-    assert {"a", "wide", "c"} <= set(make.convertible())
+    full = make()
+    assert check(full).agreement < 0.5
+    assert {"a", "wide", "c"} <= set(make.convertible(full))
     made, report, kept = int8_with_islands(make, check)
     assert report.passed
     assert kept == ["wide"]
@@ -370,6 +433,86 @@ def test_a_calibration_is_done_once(make_model: Model, make_images: Model, monke
         session(first)({"image": images})["probabilities"],
         atol=1e-6,
     )
+
+
+class Fixed:
+    """Nodes a to h, whose weights in int8 shift the output by a known amount each."""
+
+    def __init__(self, harm: dict[str, float], kinds: dict[str, str] | None = None) -> None:
+        self.harm, self.made = harm, list[list[str]]()
+        kinds = kinds or {}
+        nodes = [onnx.helper.make_node(kinds.get(name, "MatMul"), ["x", "x"], [name], name) for name in harm]
+        self.source = onnx.helper.make_model(onnx.helper.make_graph(nodes, "fixed", [], []))
+
+    def convertible(self, made: Any) -> list[str]:
+        return list(self.harm)
+
+    def __call__(self, kept: Any = ()) -> Any:
+        self.made.append(sorted(kept))
+        return sum(value for name, value in self.harm.items() if name not in kept)
+
+
+class Budget:
+    """A gate that allows a shift of ``most``."""
+
+    def __init__(self, most: float) -> None:
+        self.most = most
+
+    def __call__(self, shift: float) -> Any:
+        reasons = ("too far",) if shift > self.most else ()
+        return SimpleNamespace(passed=not reasons, reasons=reasons)
+
+    def part(self, count: int) -> Budget:
+        return self
+
+    def shift(self, model: float) -> float:
+        return model
+
+
+@pytest.mark.parametrize(("most", "kept"), [(36, ""), (35, "h"), (22, "gh"), (20, "fgh"), (6, "defgh"), (1, "bcdefgh")])
+def test_the_worst_nodes_are_kept_float_up_to_where_the_gate_passes(most: float, kept: str) -> None:
+    harm = {name: float(value) for value, name in enumerate("abcdefgh", start=1)}
+    make: Any = Fixed(harm)
+    shift, report, found = int8_with_islands(make, Budget(most))  # type: ignore[arg-type]
+    assert report.passed
+    assert "".join(sorted(found)) == kept
+    assert found == sorted(found, reverse=True)
+    assert shift == sum(harm[name] for name in harm if name not in kept) <= most
+    assert len(make.made) <= 1 + len(harm) + 4
+
+
+def test_a_graph_with_nothing_left_in_int8_that_computes_is_not_what_passes() -> None:
+    make: Any = Fixed({"table": 1.0, "a": 2.0, "b": 3.0}, {"table": "Gather"})
+    _, report, found = int8_with_islands(make, Budget(1.5))  # type: ignore[arg-type]
+    assert not report.passed
+    assert found == []
+    assert ["a", "b"] not in make.made[4:]
+
+
+def test_one_node_is_not_searched_for() -> None:
+    make: Any = Fixed({"a": 1.0})
+    assert int8_with_islands(make, Budget(0.5))[2] == []  # type: ignore[arg-type]
+    assert make.made == [[]]
+
+
+def test_what_is_not_in_the_graph_cannot_be_kept(make_model: Model, make_images: Model) -> None:
+    for make in (Dynamic(outliers_graph()), Static(outliers_graph(), "int8-cpu", outliers_split())):
+        with pytest.raises(PrecisionError, match="expected nodes of the graph to keep float, found wied"):
+            make(["wied"])
+
+
+def test_int8_needs_a_runtime_that_keeps_its_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", lambda model, out, reader: None)
+    with pytest.raises(PrecisionError, match=r"ONNX Runtime 1\.27 or newer, found .*pip install --upgrade onnxruntime"):
+        Static(outliers_graph(), "int8-cpu", outliers_split())
+
+
+def test_names_of_nodes_are_given_once() -> None:
+    nodes = [onnx.helper.make_node("Relu", ["x"], [f"y{i}"], name) for i, name in enumerate(["Relu_2", "a", "", "a"])]
+    model = name_nodes(onnx.helper.make_model(onnx.helper.make_graph(nodes, "names", [], [])))
+    names = [node.name for node in model.graph.node]
+    assert names[:2] == ["Relu_2", "a"]
+    assert len(set(names)) == 4
 
 
 def test_the_search_for_float_nodes_ends_in_a_failed_report(task: ModuleType) -> None:
@@ -421,9 +564,31 @@ def test_many_nodes_that_stayed_float_are_counted() -> None:
     )
 
 
+@pytest.mark.parametrize(("kind", "dynamic"), [("int8-cpu", False), ("int8-trt", False), ("int8-cpu", True)])
+def test_the_stage_tells_what_it_kept_float(kind: str, dynamic: bool, tmp_path: Path, task: ModuleType) -> None:
+    source, split = tmp_path / "onnx", outliers_split()
+    with artifact.create(source, stage="onnx", config={}) as draft:
+        onnx.save(outliers_graph(), draft.path / "model.onnx")
+        np.savez(draft.path / "samples.npz", x=split.arrays["x"])
+        outputs = [Port("probabilities", "float32", ("n", 16)), Port("label", "int64", ("n",))]
+        draft.set_ports([Port("x", "float32", ("n", 4))], outputs)
+        draft.extra = {"precision": "fp32", "opset": 20, "parameters": 832, "task": "tiny"}
+    with artifact.create(tmp_path / "positions", stage="data", config={}) as draft:
+        save_data(draft.path, Data({"train": split, "val": split}, {}))
+    limits = EXPORT["parity"]["limits"] | {kind: {"max_difference": None, "agreement": 0.9, "metric_drop": 20.0}}
+    parity = {"samples": 96, "limits": limits}
+    work = job(kind, source, tmp_path / "positions", dynamic_int8=dynamic, parity=parity)
+    precision.run(work)
+    extra = artifact.verify(work.out).extra
+    assert extra["float_islands"] == ["wide"]
+    assert "wide" in extra["float_nodes"]
+    assert extra["converted"].endswith("to pass the gate: wide")
+    assert extra["verify"]["agreement"] >= 0.9
+
+
 def test_what_was_kept_float_for_the_gate_is_told() -> None:
     text = precision.converted(4, ["wide"], {"samples": 0, "method": "dynamic"}, "float32", ["wide"])
-    assert text.endswith("in float32: wide; 1 kept in float32 to pass the gate")
+    assert text.endswith("in float32: wide; kept in float32 to pass the gate: wide")
 
 
 def test_an_impossible_limit_fails_and_leaves_nothing(

@@ -4,11 +4,11 @@
 
 KD is Hinton's on start and end logits (arXiv 1503.02531, section 2). The hidden term is that of Patient KD (Sun et al.,
 arXiv 1908.09355) and TinyBERT (Jiao et al., arXiv 1909.10351) at the embeddings and every kept layer i, against the
-teacher's layer m(i) it was copied from; widths are equal, so there is no projection. Padding does not count. CE is the
-mean over the batch's labelled windows, the other terms are over all: ``data.unlabelled_questions`` have no labels here.
+teacher's layer m(i) it was copied from; widths are equal, so there is no projection. Padding does not count.
 
 Deliberate deviations: states are layer-normalised without affine part instead of divided by their norm (Patient KD) or
-left as they are (TinyBERT), so that no layer outweighs another; one training with all terms.
+left as they are (TinyBERT), so that no layer outweighs another; one training with all terms. CE is 0 at windows of
+``data.unlabelled_questions``: a label weighs the same whatever else is in its batch.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ class Smaller(Distiller):
         o, label, feeds = self.options, batch["label"], (batch["input_ids"], batch["attention_mask"])
         z, states = self.student.deep(*feeds)
         z_t, states_t = self._taught(*feeds)
-        ce, kd = cross_entropy(z, label, UNLABELLED), hinton_kd(z, z_t, o.temperature)
+        labelled = (label != UNLABELLED).float().mean()
+        ce, kd = labelled * cross_entropy(z, label, UNLABELLED), hinton_kd(z, z_t, o.temperature)
         hidden = sum(
             (state_distance(states[mine], states_t[its], batch["attention_mask"]) for mine, its in self.pairs),
             start=z.new_zeros(()),
         ) / len(self.pairs)
         loss = o.ce * ce + o.kd * kd + o.hidden * hidden
-        return {"loss": loss, "ce": ce, "kd": kd, "hidden": hidden, "accuracy": accuracy(z, label, UNLABELLED)}
+        return {"loss": loss, "ce": ce, "kd": kd, "hidden": hidden, "agreement": accuracy(z, z_t.argmax(1))}
 
     @torch.no_grad()
     def _taught(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -89,8 +89,8 @@ class DataSection(Section):
     ``tokenizer``: the encoder's folder or hub id; none with ``templates``, which trains one. ``ntl``: target languages
     drawn for each training question; all ordered pairs of them and the ``pivot`` are trained on. ``first``: the sets of
     the first stage, in ``pivot``. Only tested: ``unseen``, languages of the source, and ``tydiqa``, of TyDiQA-GoldP.
-    ``articles``: of ``templates``, for first, train, val, test. ``*_questions``: use so many ids at most; with
-    ``unlabelled_questions``, others of the training articles, whose labels are not looked at: qa_student asks its
+    ``articles``: of ``templates``, for first, train, val, test. ``*_questions``: use so many ids at most;
+    ``unlabelled_questions`` are others of the training files, whose answers are not looked at: qa_student asks its
     teacher about them.
     """
 
@@ -198,6 +198,10 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
         ]
     elif config.teacher is not None:
         faults.append((("teacher",), f"method {method} is its own teacher; remove the section, or use qa_student"))
+    if config.data.unlabelled_questions and method == "self_distillation":
+        faults.append(
+            (("data", "unlabelled_questions"), "method self_distillation needs labels; these are for qa_student")
+        )
     longest = max(config.data.windows.max_length, (config.data.first_windows or config.data.windows).max_length)
     sequence = config.compile.shapes.get("sequence")
     if config.compile.backend != "none" and (sequence is None or sequence.max < config.data.windows.max_length):

@@ -76,6 +76,9 @@ def assemble(section: DataSection) -> Data:
     if lost := asked - len(sets.first) - len(train):
         sets.notes.append(f"{lost} training questions were left out: no window holds their whole answer.")
     if unlabelled:
+        labelled = {(question.question, question.context) for question in (*sets.first, *train)}
+        if known := sum((question.question, question.context) in labelled for question in unlabelled):
+            sets.notes.append(f"{known} unlabelled questions are also trained on with their labels, in another set.")
         splits["unlabelled"] = maker.unlabelled(unlabelled)
     splits |= {name: maker.scored(parts) for name, parts in (("val", sets.val), ("test", sets.test))}
     info = {
@@ -87,12 +90,8 @@ def assemble(section: DataSection) -> Data:
         "separator": maker.layout.suffix[0],
         "pad": maker.layout.pad,
         "pairs": _pairs(train),
-        "questions": {
-            "first": len(sets.first),
-            "train ids": len(sets.train),
-            "train": len(train),
-            "unlabelled": len(unlabelled),
-        },
+        "questions": {"first": len(sets.first), "train ids": len(sets.train), "train": len(train)}
+        | ({"unlabelled": len(unlabelled)} if unlabelled else {}),
         "note": " ".join(sets.notes) or None,
     }
     return Data(splits, info, {TOKENIZER: text, USED: json.dumps(maker.pieces(sets.texts))})

@@ -19,6 +19,7 @@ def teach(job: Job) -> None:
     value = section.model_dump(mode="json")
     own = {key: value.pop(key) for key in ("method", "train")}
     sections = {key: job.config[key] for key in ("seed", "task", "data")}
+    sections["data"] = {key: item for key, item in sections["data"].items() if key != "unlabelled_questions"}
     cfg = validate({"name": "teacher", "student": value, **own, **sections, "compile": {"backend": "none"}})
     data = load_data(job.inputs["data"])
     trained = train_student(cfg, data, job.inputs, job.work)

@@ -35,7 +35,7 @@ def test_the_demos_data_is_cut_into_windows_of_every_pair() -> None:
     }
     cells = {tuple(question["cell"]) for question in found.splits["test"].meta["questions"]}
     assert cells == {(q, c) for q in ("en", "es", "zh") for c in ("en", "es", "zh")}
-    assert found.info["questions"] == {"first": 24, "train ids": 18, "train": 18 * 4, "unlabelled": 0}
+    assert found.info["questions"] == {"first": 24, "train ids": 18, "train": 18 * 4}
     assert sum(found.info["pairs"]["counts"].values()) == 72
     assert len(found.splits["test"]) > len(found.splits["test"].meta["questions"])  # some have two windows
 
@@ -74,11 +74,12 @@ def test_unlabelled_questions_are_others_of_the_training_articles_and_bring_no_l
     found = qa.prepare(qa.DataSection.model_validate(few | {"unlabelled_questions": 5}))
     assert found.info["questions"] == {"first": 24, "train ids": 6, "train": 6 * 4, "unlabelled": 5 * 4}
     arrays = found.splits["unlabelled"].arrays
-    assert {int(arrays[side].max()) for side in ("start", "end")} == {qa_data.UNLABELLED}
+    assert all((arrays[side] == qa_data.UNLABELLED).all() for side in ("start", "end"))
     assert arrays["question"].max() == 5 * 4 - 1
     for name, split in without.splits.items():
         assert np.array_equal(split.arrays["input_ids"], found.splits[name].arrays["input_ids"])
-    rows = [{row.tobytes() for row in split.arrays["input_ids"][:, :40]} for split in found.splits.values()]
+    width = min(split.arrays["input_ids"].shape[1] for split in found.splits.values())
+    rows = [{row.tobytes() for row in split.arrays["input_ids"][:, :width]} for split in found.splits.values()]
     names = list(found.splits)
     unlabelled = rows.pop(names.index("unlabelled"))
     assert not unlabelled & set().union(*rows)
@@ -92,6 +93,42 @@ def test_unlabelled_questions_need_some_that_are_left() -> None:
     section = qa.DataSection.model_validate(DATA | {"train_questions": 18, "unlabelled_questions": 5})
     with pytest.raises(DataError, match="beside the 18 of train_questions, found none; lower train_questions"):
         qa.prepare(section)
+
+
+def test_only_a_student_of_a_teacher_can_use_unlabelled_questions() -> None:
+    few = DATA | {"train_questions": 6, "unlabelled_questions": 5}
+    with pytest.raises(ConfigError, match=r"data.unlabelled_questions: method self_distillation needs labels"):
+        config(data=few)
+    student = {"method": {"name": "qa_student"}, "teacher": {"options": SMALL}, "student": {"layers": 1}}
+    assert config(data=few, **student).data.unlabelled_questions == 5
+
+
+def test_unlabelled_questions_that_are_labelled_elsewhere_are_told(tmp_path: Path) -> None:
+    for part, articles in (("train", [0, 1, 2]), ("val", [3]), ("test", [4]), ("first", [0, 1, 2])):
+        questions = [
+            {
+                "title": f"a{number}",
+                "paragraphs": [
+                    {
+                        "context": f"Number {number} is here.",
+                        "qas": [
+                            {
+                                "id": str(number),
+                                "question": f"Which {number}?",
+                                "answers": [{"text": str(number), "answer_start": 7}],
+                            }
+                        ],
+                    }
+                ],
+            }
+            for number in articles
+        ]
+        (tmp_path / f"{part}.en.json").write_text(json.dumps({"version": "1.1", "data": questions}))
+    (tmp_path / "tokenizer.json").write_text(data().files[qa_tokenizer.TOKENIZER])
+    section = {"source": "folder", "path": str(tmp_path), "tokenizer": str(tmp_path), "languages": ["en"], "ntl": 0}
+    section |= {"train_questions": 1, "unlabelled_questions": 2, "windows": DATA["windows"]}
+    found = qa.prepare(qa.DataSection.model_validate(section))
+    assert "2 unlabelled questions are also trained on with their labels" in found.info["note"]
 
 
 def test_a_config_without_unlabelled_questions_is_what_it_was() -> None:
@@ -270,7 +307,7 @@ def test_articles_of_mlqa_are_not_trained_on(mlqa: dict[str, Any], tmp_path: Pat
     (tmp_path / "first.en.json").rename(tmp_path / "qa" / "tydiqa_goldp" / "english_tydiqa_train.json")
     mlqa_file(tmp_path, "test", "es", "en", "A", "English-2")
     found = qa.prepare(qa.DataSection(**mlqa, first=("tydiqa_en",)))
-    assert found.info["questions"] == {"first": 1, "train ids": 1, "train": 4, "unlabelled": 0}
+    assert found.info["questions"] == {"first": 1, "train ids": 1, "train": 4}
     assert "1 training questions of XQuAD were left out: their articles are tested or chosen by." in found.info["note"]
     assert "1 questions of the first stage were left out: their articles are held out." in found.info["note"]
 
