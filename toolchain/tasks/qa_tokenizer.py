@@ -6,6 +6,7 @@ Works on ``tokenizer.json``, the format of the package ``tokenizers``, which is 
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from toolchain.artifact import EdgestillError
 from toolchain.tasks.datasets import data_root
 
 TOKENIZER = "tokenizer.json"
+SCRIPT_SHARE = 0.02  # fewer are names and quotations
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 PROBE = "Zoë’s  ﬁrst №1: 12,5 % of ÉCOLE, 東京都 ไทย العربية हिन्दी"  # tokenizers that differ cut it otherwise
 
@@ -113,14 +115,19 @@ def train_tokenizer(texts: Iterable[str], size: int) -> str:
 
 
 def used_pieces(text: str, ids: Iterable[NDArray[Any]], extra: int = 0) -> NDArray[np.int64]:
-    """The pieces to keep, as sorted ids: those in ``ids``, special ones, single characters, and the ``extra`` likeliest
-    of the others (the first, since vocabularies are in order of frequency).
+    """The pieces to keep, as sorted ids: those in ``ids``, special ones, single characters, and ``extra`` others: the
+    likeliest (the first, since vocabularies are in order of frequency) in scripts that at least SCRIPT_SHARE of the
+    pieces in ``ids`` are written in, then the rest.
 
     Single characters keep every text within reach that was, and byte pieces stand for what is unknown.
     """
     value, vocabulary = json.loads(text), parse(text).get_vocab()
     added = {token["id"] for token in value.get("added_tokens", [])}
-    kept = set(np.unique(np.concatenate([np.asarray(part).ravel() for part in ids])).tolist()) | added
+    names = {number: piece for piece, number in vocabulary.items()}
+    used = set(np.unique(np.concatenate([np.asarray(part).ravel() for part in ids])).tolist())
+    counts = Counter(script for number in used for script in _scripts(names[number]))
+    written = {script for script, count in counts.items() if count >= SCRIPT_SHARE * len(used)}
+    kept = used | added
     marks = ("##", "▁", "Ġ")
     for piece, number in vocabulary.items():
         bare = next((piece[len(mark) :] for mark in marks if piece.startswith(mark)), piece)
@@ -128,7 +135,7 @@ def used_pieces(text: str, ids: Iterable[NDArray[Any]], extra: int = 0) -> NDArr
             kept.add(number)
     unknown = value["model"].get("unk_token")
     kept |= {vocabulary[unknown]} if unknown in vocabulary else set()
-    for number in sorted(vocabulary.values()):
+    for number in sorted(names, key=lambda number: (not _scripts(names[number]) <= written, number)):
         if extra <= 0:
             break
         if number not in kept:
@@ -137,6 +144,11 @@ def used_pieces(text: str, ids: Iterable[NDArray[Any]], extra: int = 0) -> NDArr
     if value["model"]["type"] == "BPE":
         kept = _with_parts(value["model"], kept)
     return np.array(sorted(kept), np.int64)
+
+
+def _scripts(piece: str) -> set[str]:
+    """The first words of the Unicode names of its letters: LATIN, CYRILLIC, CJK ..."""
+    return {unicodedata.name(letter, "?").split()[0] for letter in piece if letter.isalpha()}
 
 
 def _with_parts(model: Any, kept: set[int]) -> set[int]:

@@ -89,6 +89,17 @@ def test_pieces_can_be_kept_beyond_those_in_use() -> None:
     assert set(least) < set(more)
 
 
+def test_more_pieces_are_first_of_the_scripts_in_use() -> None:
+    words = ["Γειά", "друг", "Ἀθῆναι", "river", "mountain", "河山", "straße", "dog"]
+    text = train_tokenizer([" ".join(words)] * 3, 600)
+    number = parse(text).token_to_id
+    used = [np.array([number(word) for word in ("river", "dog", "河山"[0])])]
+    least = used_pieces(text, used)
+    more = set(used_pieces(text, used, extra=2)) - set(least)
+    assert more == {number("mountain"), number("straße")}
+    assert len(used_pieces(text, used, extra=5)) == len(least) + 5
+
+
 def test_the_trained_tokenizer_is_the_same_in_every_process() -> None:
     script = (
         "import hashlib\nfrom tests.toolchain.tasks.test_qa_tokenizer import *\n"
