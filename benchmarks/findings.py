@@ -124,7 +124,9 @@ def sentence(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     sections = {key: config.get(key) or {} for key in ("teacher", "student", "method", "data")}
     own = sections["teacher"].get("student") or sections["teacher"]
     big_name = own.get("model", "the teacher")
-    small_name = sections["student"].get("model", "the student")
+    layers, small_name = sections["student"].get("layers"), sections["student"].get("model", "the student")
+    if layers and teacher is not None:  # cut out of the teacher
+        small_name = f"{layers} of its layers"
     method, data = sections["method"].get("name", "?"), sections["data"].get("source", config.get("task", "its data"))
     if small is None:
         return f"{small_name}, taught by {big_name} with {method} on {data}."

@@ -93,6 +93,8 @@ def test_the_headline_says_gain_and_loss() -> None:
     assert "25× the speed at batch 1" in text
     assert "2.00 points of accuracy lost: 96.00 against the teacher's 98.00 %" in text
     assert "without a teacher" in findings.sentence(summary, config | {"method": {"name": "plain"}})
+    cut = findings.sentence(summary, config | {"student": {"model": "small", "layers": 6}})
+    assert cut.startswith("big (50 k parameters) was distilled into 6 of its layers (1 k parameters) with prockd on d.")
     findings.sentence({"rows": [], "metric": None, "recommended": None}, {"task": "t"})
 
 
