@@ -32,9 +32,15 @@ PAIR = re.compile(r"_([a-z]{2,3})-([a-z]{2,3})$")  # of languages, at the end of
 Scores = dict[int, dict[str, dict[str, float]]]  # seed -> part -> sample -> score
 
 
-def read(results: Path, samples: Path, against: str) -> dict[str, dict[str, Scores]]:
-    """dataset -> method -> scores, of the datasets that have the method ``against``. Raises EdgestillError."""
+def read(results: Path, samples: Path, against: str, only: str | None = None) -> dict[str, dict[str, Scores]]:
+    """dataset -> method -> scores, of the datasets (or ``only`` this one) that have the method ``against``.
+
+    Raises EdgestillError.
+    """
     groups = grouped(read_results(results))
+    if only is not None and only not in groups:
+        raise EdgestillError(f"{results}: expected rows of dataset {only}, found {', '.join(groups) or 'none'}")
+    groups = {dataset: methods for dataset, methods in groups.items() if only in (None, dataset)}
     if not any(against in methods for methods in groups.values()):
         shown = ", ".join(dict.fromkeys(method for methods in groups.values() for method in methods)) or "none"
         raise EdgestillError(f"{results}: expected rows of a method {against}, found {shown}; run it, or set --against")
@@ -103,11 +109,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="a study's results, a row per run")
     parser.add_argument("samples", type=Path, help="the folder samples in the study's working folder")
     parser.add_argument("--against", default="ce", help="the method that the others are compared with")
+    parser.add_argument("--dataset", help="compare on this one alone")
     parser.add_argument("--out", type=Path, help="write the comparisons as JSON")
     arguments = parser.parse_args(argv)
 
     def act() -> None:
-        datasets = read(arguments.results, arguments.samples, arguments.against)
+        datasets = read(arguments.results, arguments.samples, arguments.against, arguments.dataset)
         result = {name: compare(methods, arguments.against) for name, methods in datasets.items()}
         print(paired_table(result, arguments.against))
         if arguments.out:

@@ -76,3 +76,15 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run(tmp_path, "ntl3", "ce", 0, 0)
     (tmp_path / "ntl3-skd-0-00000000.json").unlink()
     assert "ntl3-skd-0-00000000.json:expectedthesamplesofarow" in said()
+
+
+def test_one_dataset_is_compared_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for dataset in ("ntl3", "ntl5"):
+        run(tmp_path, dataset, "ce", 0, 0)
+        run(tmp_path, dataset, "skd", 3, 0)
+    for lost in tmp_path.glob("ntl5-*.json"):
+        lost.unlink()
+    assert compared(tmp_path, "--dataset", "ntl3", "--out", str(tmp_path / "out.json")) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["comparisons"].keys() == {"ntl3"}
+    assert compared(tmp_path, "--dataset", "ntl4") == 1
+    assert "expected rows of dataset ntl4, found ntl3, ntl5" in " ".join(capsys.readouterr().err.split())
