@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 
 from export import precision
-from export.half import PrecisionError, edges, emulated_half, float_compute, measured, name_nodes, to_half
+from export.half import PrecisionError, edges, emulated_half, float_compute, name_nodes, to_half
 from export.int8 import Dynamic, Static
 from export.precision import Gate, half_with_islands, int8_with_islands
 from export.verify import ParityError
+from tests.export.graphs import outliers_graph, outliers_split, session, small_graph
 from toolchain import artifact
 from toolchain.artifact import Port
 from toolchain.stage import Job
@@ -35,12 +35,6 @@ EXPORT: dict[str, Any] = {
         },
     },
 }
-
-
-def session(model: Any) -> Callable[[Any], dict[str, np.ndarray]]:
-    made = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    names = [output.name for output in made.get_outputs()]
-    return lambda feeds: dict(zip(names, made.run(names, feeds), strict=True))
 
 
 @pytest.fixture
@@ -102,7 +96,7 @@ def test_half_keeps_ports_and_edges_and_casts_each_tensor_once(make_model: Model
 
 
 def test_half_with_float_inputs_outputs_shared_tensors_and_resize_scales() -> None:
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper
 
     nodes = [
         helper.make_node("Conv", ["x", "w"], ["a"]),
@@ -114,15 +108,7 @@ def test_half_with_float_inputs_outputs_shared_tensors_and_resize_scales() -> No
         helper.make_node("Relu", ["y"], ["z"]),
     ]
     weights = {"w": np.full((2, 2, 1, 1), 0.5, np.float32), "scales": np.array([1, 1, 2, 2], np.float32)}
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "shared",
-        [value("x", TensorProto.FLOAT, ["n", 2, 4, 4])],
-        [value("y", TensorProto.FLOAT, ["n", 2, 8, 8]), value("z", TensorProto.FLOAT, ["n", 2, 8, 8])],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    model = small_graph(nodes, {"x": ["n", 2, 4, 4]}, {"y": ["n", 2, 8, 8], "z": ["n", 2, 8, 8]}, weights)
     half = to_half(model)
     casts = [tuple(node.output) for node in half.graph.node if node.op_type == "Cast"]
     assert casts == [("x/half",), ("a/float",), ("b/half",), ("c/half",), ("y",), ("z",)]
@@ -186,219 +172,6 @@ def test_the_search_for_islands_ends_in_a_failed_report(
     assert islands
 
 
-@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
-def test_int8_cpu_quantises_all_that_computes(make_model: Model, make_images: Model, method: str) -> None:
-    made = Static(make_model(), "int8-cpu", Split({"image": make_images(20)}, ("image",)), method)()
-    onnx.checker.check_model(made, full_check=True)
-    assert float_compute(made, "int8-cpu") == []
-    zero = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
-    activations = [node for node in made.graph.node if node.op_type == "QuantizeLinear"]
-    assert {zero[node.input[2]].dtype for node in activations} == {np.dtype(np.uint8)}
-    assert zero["conv.weight_quantized"].dtype == np.int8
-    assert zero["conv.weight_scale"].shape == (16,)
-    assert edges(make_model()) <= {node.name for node in made.graph.node}
-
-
-def test_int8_trt_is_symmetric_without_quantised_bias_and_half_elsewhere(make_model: Model, make_images: Model) -> None:
-    made = Static(make_model(), "int8-trt", Split({"image": make_images(20)}, ("image",)))()
-    assert float_compute(made, "int8-trt") == []
-    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in made.graph.initializer}
-    for node in made.graph.node:
-        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
-            assert values[node.input[2]].dtype == np.int8
-            assert not values[node.input[2]].any()
-            assert values[node.input[1]].dtype == np.float16
-    assert not [tensor for tensor in made.graph.initializer if tensor.data_type == onnx.TensorProto.INT32]
-
-
-def test_a_mask_before_softmax_is_not_quantised() -> None:
-    from onnx import TensorProto, helper, numpy_helper
-
-    nodes = [
-        helper.make_node("MatMul", ["x", "w"], ["first"], "first"),
-        helper.make_node("Tanh", ["first"], ["tokens"], "tanh"),
-        helper.make_node("MatMul", ["tokens", "w"], ["scores"], "scores"),
-        helper.make_node("Add", ["scores", "mask"], ["masked"], "mask"),
-        helper.make_node("Softmax", ["masked"], ["weights"], "softmax"),
-        helper.make_node("MatMul", ["weights", "w"], ["y"], "values"),
-    ]
-    rng = np.random.default_rng(0)
-    weight = rng.normal(size=(8, 8)).astype(np.float32)
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "attention",
-        [value("x", TensorProto.FLOAT, ["n", 8]), value("mask", TensorProto.FLOAT, ["n", 8])],
-        [value("y", TensorProto.FLOAT, ["n", 8])],
-        [numpy_helper.from_array(weight, "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    mask = np.where(np.arange(8) < rng.integers(2, 8, (16, 1)), 0.0, -3e38).astype(np.float32)
-    feeds = {"x": rng.normal(size=(16, 8)).astype(np.float32), "mask": mask}
-    expected = session(model)(feeds)["y"]
-    for kind in ("int8-cpu", "int8-trt"):
-        made = Static(model, kind, Split(feeds, ("x", "mask")))()
-        assert float_compute(made, kind) == ["first"]
-        np.testing.assert_allclose(session(made)(feeds)["y"], expected, atol=0.1)
-
-
-def positions_graph() -> Any:
-    """x (n, 4, 2) float -> minus its last row, halved -> MatMul -> Relu -> MatMul: a network that reads positions."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    rng = np.random.default_rng(0)
-    values: dict[str, Any] = {"half": np.float32(0.5), "w0": rng.normal(size=(2, 8)), "w1": rng.normal(size=(8, 3))}
-    values = {name: np.asarray(value, np.float32) for name, value in values.items()}
-    values |= {"from": np.array([-1]), "to": np.array([9]), "axis": np.array([1])}
-    nodes = [
-        helper.make_node("Slice", ["x", "from", "to", "axis"], ["last"]),
-        helper.make_node("Sub", ["x", "last"], ["relative"]),
-        helper.make_node("Mul", ["relative", "half"], ["scaled"]),
-        helper.make_node("MatMul", ["scaled", "w0"], ["a"], "first"),
-        helper.make_node("Relu", ["a"], ["b"]),
-        helper.make_node("MatMul", ["b", "w1"], ["y"], "second"),
-    ]
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "positions",
-        [value("x", TensorProto.FLOAT, ["n", 4, 2])],
-        [value("y", TensorProto.FLOAT, ["n", 4, 3])],
-        [numpy_helper.from_array(array, name) for name, array in values.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-
-
-@pytest.mark.parametrize("kind", ["int8-cpu", "int8-trt"])
-def test_what_reads_a_measured_input_stays_float_and_what_reads_pixels_does_not(kind: str, make_model: Model) -> None:
-    model = positions_graph()
-    assert measured(model) == {"first"}
-    assert measured(make_model()) == set()
-    rng = np.random.default_rng(1)
-    x = rng.normal(size=(32, 4, 2)).astype(np.float32)
-    x[:, 0] += rng.choice([0.0, 300.0], (32, 1)).astype(np.float32)  # eight bits of this range would leave metres
-    made = Static(model, kind, Split({"x": x}, ("x",)))()
-    assert float_compute(made, kind) == ["first"]
-    near = np.zeros((1, 4, 2), np.float32)
-    step = near + np.float32(0.5) * np.eye(4, 2, dtype=np.float32)
-    assert not np.array_equal(session(made)({"x": near})["y"], session(made)({"x": step})["y"])
-
-
-def test_dynamic_int8_of_layers_that_share_a_weight() -> None:
-    from onnx import TensorProto, helper, numpy_helper
-
-    rng = np.random.default_rng(0)
-    nodes = [
-        helper.make_node("Gemm", ["x", "w"], ["a"], "first", transB=1),
-        helper.make_node("Gemm", ["a", "w"], ["y"], "second", transB=1),
-    ]
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "tied",
-        [value("x", TensorProto.FLOAT, ["n", 8])],
-        [value("y", TensorProto.FLOAT, ["n", 8])],
-        [numpy_helper.from_array(rng.normal(size=(8, 8)).astype(np.float32), "w")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    x = rng.normal(size=(16, 8)).astype(np.float32)
-    expected, make = session(model)({"x": x})["y"], Dynamic(model)
-    np.testing.assert_allclose(session(make())({"x": x})["y"], expected, atol=0.05 * np.abs(expected).max())
-    assert make.convertible(make()) == ["first", "second"]
-    half, whole = make(["first"]), make(["first", "second"])
-    assert [node.op_type for node in half.graph.node].count("MatMulInteger") == 1
-    np.testing.assert_allclose(session(whole)({"x": x})["y"], expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["int8-cpu", "int8-trt"])
-def test_static_int8_of_layers_that_share_a_weight(kind: str) -> None:
-    """ONNX Runtime scales the weight of a MatMul and of a transposed Gemm along different axes."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    rng = np.random.default_rng(0)
-    nodes = [
-        helper.make_node("MatMul", ["x", "w0"], ["a"], "in"),
-        helper.make_node("Tanh", ["a"], ["b"]),
-        helper.make_node("MatMul", ["b", "w"], ["c"], "plain"),
-        helper.make_node("Tanh", ["c"], ["d"]),
-        helper.make_node("Gemm", ["d", "w"], ["y"], "transposed", transB=1),
-    ]
-    weights = {"w0": rng.normal(size=(8, 8)), "w": rng.normal(size=(8, 8)) * np.logspace(-1, 1, 8)}
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "tied",
-        [value("x", TensorProto.FLOAT, ["n", 8])],
-        [value("y", TensorProto.FLOAT, ["n", 8])],
-        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    x = rng.normal(size=(64, 8)).astype(np.float32)
-    expected = session(model)({"x": x})["y"]
-    found = session(Static(model, kind, Split({"x": x}, ("x",)))())({"x": x})["y"]
-    assert np.abs(found - expected).mean() < 0.05 * np.abs(expected).mean()
-
-
-def test_dynamic_int8_lists_what_has_a_constant_weight() -> None:
-    from onnx import TensorProto, helper, numpy_helper
-
-    nodes = [
-        helper.make_node("MatMul", ["left", "x"], ["a"], "left"),
-        helper.make_node("MatMul", ["a", "right"], ["b"], "right"),
-        helper.make_node("MatMul", ["b", "a"], ["y"], "both"),
-    ]
-    weight = np.random.default_rng(0).normal(size=(8, 8)).astype(np.float32)
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "sides",
-        [value("x", TensorProto.FLOAT, [8, 8])],
-        [value("y", TensorProto.FLOAT, [8, 8])],
-        [numpy_helper.from_array(weight, name) for name in ("left", "right")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    make = Dynamic(model)
-    made = make()
-    assert make.convertible(made) == ["right"]
-    assert [node.op_type for node in made.graph.node].count("MatMulInteger") == 1
-
-
-def outliers_graph() -> Any:
-    """x (n, 4) -> tokens (n, 16) -> four matrix products; what ``wide`` reads has a huge, unused channel."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    rng = np.random.default_rng(0)
-    square = {name: rng.normal(size=(16, 16)) / 4 for name in ("w.a", "w.wide", "w.c")}
-    square["w.wide"][0] = 0
-    values = square | {"w.in": rng.normal(size=(4, 16)), "huge": np.eye(1, 16)[0] * 3000}
-    nodes = [
-        helper.make_node("MatMul", ["x", "w.in"], ["t"], "in"),
-        helper.make_node("Tanh", ["t"], ["t0"]),
-        helper.make_node("MatMul", ["t0", "w.a"], ["t1"], "a"),
-        helper.make_node("Tanh", ["t1"], ["t2"]),
-        helper.make_node("Add", ["t2", "huge"], ["t3"], "shift"),
-        helper.make_node("MatMul", ["t3", "w.wide"], ["t4"], "wide"),
-        helper.make_node("Tanh", ["t4"], ["t5"]),
-        helper.make_node("MatMul", ["t5", "w.c"], ["logits"], "c"),
-        helper.make_node("Softmax", ["logits"], ["probabilities"], "softmax", axis=-1),
-        helper.make_node("ArgMax", ["logits"], ["label"], "argmax", axis=-1, keepdims=0),
-    ]
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "outliers",
-        [value("x", TensorProto.FLOAT, ["n", 4])],
-        [value("probabilities", TensorProto.FLOAT, ["n", 16]), value("label", TensorProto.INT64, ["n"])],
-        [numpy_helper.from_array(array.astype(np.float32), name) for name, array in values.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-
-
-def outliers_split() -> Split:
-    x = np.random.default_rng(1).normal(size=(96, 4)).astype(np.float32)
-    return Split({"x": x, "target": session(outliers_graph())({"x": x})["label"]}, ("x",))
-
-
 def outliers_gate(task: ModuleType, **limits: float) -> Gate:
     split = outliers_split()
     return Gate(split, session(outliers_graph())({"x": split.arrays["x"]}), task, limits)
@@ -418,21 +191,6 @@ def test_int8_keeps_float_what_it_ruins_and_nothing_else(kind: str, task: Module
     if kind != "dynamic":
         assert {"a", "c"}.isdisjoint(float_compute(made, kind))
         assert "wide" in float_compute(made, kind)
-
-
-def test_a_calibration_is_done_once(make_model: Model, make_images: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = Static(make_model(), "int8-cpu", Split({"image": make_images(20)}, ("image",)))
-    first = make()
-    monkeypatch.setattr(make, "split", None)
-    assert float_compute(make(["conv"]), "int8-cpu") == ["conv"]
-    again = make()
-    assert len(again.graph.node) == len(first.graph.node)
-    images = make_images(8)
-    np.testing.assert_allclose(
-        session(again)({"image": images})["probabilities"],
-        session(first)({"image": images})["probabilities"],
-        atol=1e-6,
-    )
 
 
 class Fixed:
@@ -493,18 +251,6 @@ def test_one_node_is_not_searched_for() -> None:
     make: Any = Fixed({"a": 1.0})
     assert int8_with_islands(make, Budget(0.5))[2] == []  # type: ignore[arg-type]
     assert make.made == [[]]
-
-
-def test_what_is_not_in_the_graph_cannot_be_kept(make_model: Model, make_images: Model) -> None:
-    for make in (Dynamic(outliers_graph()), Static(outliers_graph(), "int8-cpu", outliers_split())):
-        with pytest.raises(PrecisionError, match="expected nodes of the graph to keep float, found wied"):
-            make(["wied"])
-
-
-def test_int8_needs_a_runtime_that_keeps_its_calibration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onnxruntime.quantization.quantize_static", lambda model, out, reader: None)
-    with pytest.raises(PrecisionError, match=r"ONNX Runtime 1\.27 or newer, found .*pip install --upgrade onnxruntime"):
-        Static(outliers_graph(), "int8-cpu", outliers_split())
 
 
 def test_names_of_nodes_are_given_once() -> None:
