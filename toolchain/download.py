@@ -146,6 +146,25 @@ PUBLIC: dict[str, tuple[Remote, ...]] = {
             4854279,
         ),
     ),
+    "tydiqa_goldp": (
+        Remote(
+            "https://storage.googleapis.com/tydiqa/v1.1/tydiqa-goldp-v1.1-train.json",
+            "cefc8e09ff2548d9b10a678d3a6bbbe5bc036be543f92418819ea676c97be23b",
+            58004076,
+        ),
+        Remote(
+            "https://storage.googleapis.com/tydiqa/v1.1/tydiqa-goldp-v1.1-dev.json",
+            "b286e0f34bc7f52259359989716f369b160565bd12ad8f3a3e311f9b0dbad1c0",
+            5617409,
+        ),
+    ),
+    "mlqa": (
+        Remote(
+            "https://dl.fbaipublicfiles.com/MLQA/MLQA_V1.zip",
+            "246e8089933d13007fe80684d5c5c0713d6834cf8b3b4a0ec7c66f0a0d2baac8",
+            75719050,
+        ),
+    ),
 }
 
 

@@ -160,8 +160,8 @@ def _xquad(section: DataSection) -> Sets:
         language: qa_readers.xquad(language, root, download) for language in (*section.languages, *section.unseen)
     }
     pairs = [(q, c) for q in section.languages for c in section.languages] if section.evaluate == "mlqa" else []
-    mlqa = {part: {pair: qa_readers.mlqa(*pair, part, root) for pair in pairs} for part in ("dev", "test")}
-    tydiqa = {language: qa_readers.tydiqa(language, "dev", root) for language in section.tydiqa}
+    mlqa = {part: {pair: qa_readers.mlqa(*pair, part, root, download) for pair in pairs} for part in ("dev", "test")}
+    tydiqa = {language: qa_readers.tydiqa(language, "dev", root, download) for language in section.tydiqa}
     titles = {question.title for question in everything[section.pivot]}
     train, val, test = article_split(titles) if section.evaluate == "xquad" else (titles, set(), set())
     trained, chosen, tested = (
@@ -212,7 +212,7 @@ def _first(section: DataSection, root: Path, train: set[str]) -> list[Question]:
     if "squad_dev" in section.first:
         found += [q for q in qa_readers.squad_dev(root, section.download) if q.title in train]
     if "tydiqa_en" in section.first:
-        found += qa_readers.tydiqa("en", "train", root)
+        found += qa_readers.tydiqa("en", "train", root, section.download)
     return found
 
 

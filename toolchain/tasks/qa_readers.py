@@ -9,6 +9,8 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +32,7 @@ TYDIQA = {
 }
 XQUAD = ("ar", "de", "el", "en", "es", "hi", "ro", "ru", "th", "tr", "vi", "zh")
 MLQA = ("en", "es", "de", "ar", "vi", "hi", "zh")
+MLQA_FOLDER = "MLQA_V1"
 ARTICLES = (36, 4, 8)  # of XQuAD's and SQuAD dev's 48 articles: train, val, test
 ARTICLE_SEED = 13
 
@@ -160,14 +163,8 @@ def qa_root(path: str | None) -> Path:
     return root / "qa" if (root / "qa").is_dir() or not root.exists() else root
 
 
-def _place(root: Path, names: Sequence[str], what: str, home: str) -> Path:
-    found = next((root / name for name in names if (root / name).is_file()), None)
-    if found is None:
-        raise DataError(
-            f"{what} is not in {root}: expected {' or '.join(names)}. Get it from {home} and put it there, or set "
-            "EDGESTILL_DATA or data.path to the folder that has it"
-        )
-    return found
+def _there(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
+    return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 
 
 def public(dataset: str, name: str, root: Path, download: bool) -> Path:
@@ -207,22 +204,39 @@ def squad_dev(root: Path, download: bool = False) -> list[Question]:
     return [question for question in everything if question.context not in paragraphs]
 
 
-def tydiqa(language: str, part: str, root: Path) -> list[Question]:
+def tydiqa(language: str, part: str, root: Path, download: bool = False) -> list[Question]:
     """TyDiQA-GoldP; ``part`` is ``train`` or ``dev``. Titles are of the language's own Wikipedia, which they name."""
-    name, whole = TYDIQA[language], f"tydiqa-goldp-v1.1-{part}.json"  # whole: all languages, which ids begin with
-    names = [f"{name}_tydiqa_{part}.json", f"tydiqa-goldp-{part}-{name}.json", whole]
-    home = f"https://storage.googleapis.com/tydiqa/v1.1/{whole}"
-    path = _place(root, [f"tydiqa_goldp/{one}" for one in names], f"TyDiQA-GoldP {part} in {name}", home)
+    name = TYDIQA[language]  # which ids begin with: the public file holds all languages
+    own = _there([root / "tydiqa_goldp"], [f"{name}_tydiqa_{part}.json", f"tydiqa-goldp-{part}-{name}.json"])
+    path = own or public("tydiqa_goldp", f"tydiqa-goldp-v1.1-{part}.json", root, download)
     found = read_squad(path, language, keep=lambda entry: entry["id"].startswith(f"{name}-"))
     return found if language == "en" else [replace(q, title=f"{language}:{q.title}") for q in found]
 
 
-def mlqa(language: str, context_language: str, part: str, root: Path) -> list[Question]:
-    """MLQA; ``part`` is ``dev`` or ``test``."""
-    name = f"{part}-context-{context_language}-question-{language}.json"
-    names = [f"{folder}/{part}/{name}" for folder in ("mlqa", "MLQA_V1", "mlqa/MLQA_V1")]
-    home = "https://dl.fbaipublicfiles.com/MLQA/MLQA_V1.zip"
-    return read_squad(_place(root, names, f"MLQA {part}", home), language, context_language)
+def mlqa(language: str, context_language: str, part: str, root: Path, download: bool = False) -> list[Question]:
+    """MLQA, unpacked or as its public archive; ``part`` is ``dev`` or ``test``."""
+    member = f"{MLQA_FOLDER}/{part}/{part}-context-{context_language}-question-{language}.json"
+    path = _there([root / "mlqa", root], [member, member.removeprefix(f"{MLQA_FOLDER}/")])
+    path = path or _unpacked(public("mlqa", f"{MLQA_FOLDER}.zip", root, download), member)
+    return read_squad(path, language, context_language)
+
+
+def _unpacked(archive: Path, member: str) -> Path:
+    """A file of an archive, written beside it. Raises DataError."""
+    target = archive.parent / member
+    part = target.with_name(f"{target.name}.part")
+    try:
+        with zipfile.ZipFile(archive) as file:
+            content = file.read(member)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(target)
+    except (zipfile.BadZipFile, KeyError, OSError, EOFError, zlib.error) as error:
+        raise DataError(
+            f"{archive}: expected an archive with {member}, found {type(error).__name__}: {error}; remove it and get "
+            "it again with data.download=true"
+        ) from error
+    return target
 
 
 def own_files(folder: Path, part: str, languages: Sequence[str]) -> dict[str, list[Question]]:

@@ -7,8 +7,13 @@ import os
 import subprocess
 import sys
 import threading
+import zipfile
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -173,13 +178,13 @@ def test_mlqa_is_read_by_both_languages(tmp_path: Path) -> None:
     written(tmp_path / "mlqa" / "test" / "test-context-es-question-de.json", squad())
     (question,) = qa_readers.mlqa("de", "es", "test", tmp_path)
     assert question.cell == ("de", "es")
-    with pytest.raises(DataError, match=r"expected .*dev-context-es-question-de\.json.* Get it from https://"):
+    with pytest.raises(DataError, match=r"MLQA_V1\.zip is not there; set data\.download=true .* \(75\.7 MB\)"):
         qa_readers.mlqa("de", "es", "dev", tmp_path)
     assert len(MLQA) == 7
 
 
 def test_tydiqa_is_read_from_the_file_of_all_languages(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"Get it from https://.*/tydiqa-goldp-v1\.1-train\.json and put it there"):
+    with pytest.raises(DataError, match=r"fetch it from https://.*/tydiqa-goldp-v1\.1-train\.json"):
         qa_readers.tydiqa("fi", "train", tmp_path)
     value = squad({"id": "finnish-1-0"}, {"id": "english--2-0"})
     written(tmp_path / "tydiqa_goldp" / "tydiqa-goldp-v1.1-train.json", value)
@@ -205,8 +210,9 @@ def test_a_file_of_ones_own_is_looked_for_by_language(tmp_path: Path) -> None:
         qa_readers.own_files(tmp_path, "test", ("en", "es"))
 
 
-def test_public_files_are_downloaded_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = json.dumps(squad()).encode()
+@contextmanager
+def served(content: bytes) -> Iterator[Callable[[str], download.Remote]]:
+    """What serves ``content`` under any name."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -221,12 +227,54 @@ def test_public_files_are_downloaded_only_when_asked_for(tmp_path: Path, monkeyp
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        url = f"http://127.0.0.1:{server.server_port}/xquad.es.json"
-        remote = download.Remote(url, hashlib.sha256(content).hexdigest(), len(content))
-        monkeypatch.setitem(download.PUBLIC, "xquad", (remote,))
-        with pytest.raises(DataError, match=r"set data\.download=true to fetch it from http://127"):
-            qa_readers.xquad("es", tmp_path)
-        assert len(qa_readers.xquad("es", tmp_path, download=True)) == 1
-        assert len(qa_readers.xquad("es", tmp_path)) == 1
+        home, digest = f"http://127.0.0.1:{server.server_port}", hashlib.sha256(content).hexdigest()
+        yield lambda name: download.Remote(f"{home}/{name}", digest, len(content))
         server.shutdown()
         thread.join()
+
+
+def archive(member: str) -> bytes:
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(member, json.dumps(squad()))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "name", "content", "read"),
+    [
+        ("xquad", "xquad.es.json", json.dumps(squad()).encode(), partial(qa_readers.xquad, "es")),
+        (
+            "tydiqa_goldp",
+            "tydiqa-goldp-v1.1-dev.json",
+            json.dumps(squad({"id": "finnish-1-0"})).encode(),
+            partial(qa_readers.tydiqa, "fi", "dev"),
+        ),
+        (
+            "mlqa",
+            "MLQA_V1.zip",
+            archive("MLQA_V1/test/test-context-es-question-de.json"),
+            partial(qa_readers.mlqa, "de", "es", "test"),
+        ),
+    ],
+)
+def test_public_files_are_downloaded_only_when_asked_for(
+    dataset: str, name: str, content: bytes, read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with served(content) as remote:
+        monkeypatch.setitem(download.PUBLIC, dataset, (remote(name),))
+        with pytest.raises(DataError, match=r"set data\.download=true to fetch it from http://127"):
+            read(tmp_path)
+        assert len(read(tmp_path, download=True)) == 1
+    assert len(read(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("content", [b"no archive", archive("MLQA_V1/dev/other.json")])
+def test_an_archive_that_is_none_is_told(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "mlqa").mkdir()
+    (tmp_path / "mlqa" / "MLQA_V1.zip").write_bytes(content)
+    with pytest.raises(
+        DataError, match=r"MLQA_V1\.zip: expected an archive with MLQA_V1/dev/dev-context-es-q.* remove"
+    ):
+        qa_readers.mlqa("de", "es", "dev", tmp_path)
+    assert [path.name for path in (tmp_path / "mlqa").rglob("*")] == ["MLQA_V1.zip"]
