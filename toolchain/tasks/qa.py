@@ -90,8 +90,8 @@ class DataSection(Section):
     drawn for each training question; all ordered pairs of them and the ``pivot`` are trained on. ``first``: the sets of
     the first stage, in ``pivot``. Only tested: ``unseen``, languages of the source, and ``tydiqa``, of TyDiQA-GoldP.
     ``articles``: of ``templates``, for first, train, val, test. ``*_questions``: use so many ids at most;
-    ``unlabelled_questions`` are others of the training files, whose answers are not looked at: qa_student asks its
-    teacher about them.
+    ``unlabelled_questions`` are others of the training files, or those of ``unlabelled.en.json`` ... in ``path``; their
+    answers are not looked at: qa_student asks its teacher about them.
     """
 
     source: Literal["xquad", "folder", "templates"]
@@ -134,7 +134,7 @@ class DataSection(Section):
             raise ValueError(
                 "unseen: XQuAD's other languages are translations of articles that evaluate: mlqa trains on"
             )
-        if self.unlabelled_questions and not self.train_questions:
+        if self.unlabelled_questions and not self.train_questions and self.source != "folder":
             raise ValueError(
                 "unlabelled_questions are those that train_questions leaves over, which is none: give train_questions"
             )

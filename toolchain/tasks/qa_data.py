@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +116,7 @@ def _pairs(train: Sequence[Question]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "sd": float(np.std(values)), "counts": dict(sorted(counts.items()))}
 
 
-def _few(names: Sequence[str], most: int | None) -> list[str]:
+def _few(names: Iterable[str], most: int | None) -> list[str]:
     """At most ``most`` of ``names``, always the same ones."""
     order = sorted(names)
     random.Random(0).shuffle(order)
@@ -151,7 +151,10 @@ def _folder(section: DataSection) -> Sets:
         parts["test"][language] = qa_readers.read_squad(folder / f"test.{language}.json", language)
     first = folder / f"first.{section.pivot}.json"
     questions = qa_readers.read_squad(first, section.pivot) if first.is_file() else []
-    return _sets(section, questions, parts["train"], parts["val"], parts["test"], [])
+    unlabelled, notes = qa_readers.own_unlabelled(folder, section.languages), []
+    if unlabelled and not section.unlabelled_questions:
+        notes = ["The files unlabelled.*.json are not used: set data.unlabelled_questions to how many of them to use."]
+    return _sets(section, questions, parts["train"], parts["val"], parts["test"], notes, unlabelled)
 
 
 def _xquad(section: DataSection) -> Sets:
@@ -223,16 +226,17 @@ def _sets(
     val: ByLanguage,
     test: ByLanguage,
     notes: list[str],
+    unlabelled: ByLanguage | None = None,
 ) -> Sets:
     """Aligned by id, cut to the numbers asked for, crossed where they are scored."""
     own = {language: questions for language, questions in train.items() if language in section.languages}
     ids = aligned(own)
-    kept = _few(list(ids), section.train_questions)
-    unlabelled = _unlabelled(section, sorted(set(ids) - set(kept)))
+    kept = _few(ids, section.train_questions)
+    more = aligned(unlabelled) if unlabelled else {name: ids[name] for name in ids.keys() - set(kept)}
     parts = []
     for by_language in (val, test):
         names = aligned(by_language)
-        chosen = {name: names[name] for name in _few(list(names), section.eval_questions)}
+        chosen = {name: names[name] for name in _few(names, section.eval_questions)}
         parts.append(chosen)
     tested = {CELLS: all_pairs(parts[1], section.languages)}
     if section.unseen:
@@ -240,24 +244,26 @@ def _sets(
             here[language] for here in parts[1].values() for language in section.unseen if language in here
         ]
         tested[UNSEEN] = [replace(q, id=f"{q.id}_{q.language}-{q.language}") for q in tested[UNSEEN]]
-    readable = [*first, *(question for questions in own.values() for question in questions)]
+    languages = (*own.values(), *(unlabelled or {}).values())
+    readable = [*first, *(question for questions in languages for question in questions)]
     return Sets(
         _of(first, section.first_questions),
         {name: ids[name] for name in kept},
         {CELLS: all_pairs(parts[0], section.languages)},
         tested,
-        {name: ids[name] for name in unlabelled},
+        {name: more[name] for name in _unlabelled(section, more)},
         notes,
         texts={text for question in readable for text in (question.question, question.context)},
     )
 
 
-def _unlabelled(section: DataSection, left: Sequence[str]) -> list[str]:
+def _unlabelled(section: DataSection, left: Collection[str]) -> list[str]:
     """The ids of ``unlabelled_questions``, of those that are ``left``."""
     if section.unlabelled_questions and not left:
+        files = ", give files unlabelled.<language>.json" if section.source == "folder" else ""
         raise DataError(
-            f"unlabelled_questions: expected aligned training questions beside the {section.train_questions} of "
-            "train_questions, found none; lower train_questions, or leave unlabelled_questions out"
+            f"unlabelled_questions: expected training questions beside the {section.train_questions or 'ones'} of "
+            f"train_questions, found none; lower train_questions{files}, or leave unlabelled_questions out"
         )
     return _few(left, section.unlabelled_questions) if section.unlabelled_questions else []
 

@@ -55,9 +55,15 @@ class Question:
 
 
 def read_squad(
-    path: Path, language: str, context_language: str | None = None, keep: Callable[[Any], bool] = lambda entry: True
+    path: Path,
+    language: str,
+    context_language: str | None = None,
+    keep: Callable[[Any], bool] = lambda entry: True,
+    answered: bool = True,
 ) -> list[Question]:
     """The questions of a SQuAD-v1.1 file (``.json`` or ``.json.gz``) for which ``keep`` of their JSON entry is true.
+
+    Unless ``answered``, answers are not looked at and need not be there.
 
     Raises DataError: not such a file, an id twice, or an answer that is not at its offset.
     """
@@ -70,7 +76,7 @@ def read_squad(
                 str(article.get("title", "")),
                 entry["question"],
                 paragraph["context"],
-                tuple((answer["text"], answer["answer_start"]) for answer in entry["answers"]),
+                tuple((answer["text"], answer["answer_start"]) for answer in (entry["answers"] if answered else ())),
                 language,
                 context_language or language,
             )
@@ -88,7 +94,8 @@ def read_squad(
         ) from error
     ids: set[str] = set()
     for question in found:
-        check_offsets(question, path)
+        if answered:
+            check_offsets(question, path)
         if question.id in ids:
             raise DataError(f"{path}: the id {question.id} is there twice; give every question an id of its own")
         ids.add(question.id)
@@ -241,11 +248,22 @@ def _unpacked(archive: Path, member: str) -> Path:
 
 def own_files(folder: Path, part: str, languages: Sequence[str]) -> dict[str, list[Question]]:
     """``<part>.<language>.json`` of a person's own folder; at least one must be there. Raises DataError."""
-    paths = {language: folder / f"{part}.{language}.json" for language in languages}
-    if not any(path.is_file() for path in paths.values()):
-        shown = ", ".join(path.name for path in paths.values())
+    paths = _own(folder, part, languages)
+    if not paths:
+        shown = ", ".join(f"{part}.{language}.json" for language in languages)
         raise DataError(f"{folder}: expected SQuAD-v1.1 files of the {part} split, found none of {shown}")
-    return {language: read_squad(path, language) for language, path in paths.items() if path.is_file()}
+    return {language: read_squad(path, language) for language, path in paths.items()}
+
+
+def own_unlabelled(folder: Path, languages: Sequence[str]) -> dict[str, list[Question]]:
+    """``unlabelled.<language>.json``, which may lack answers; there may be none. Raises DataError."""
+    paths = _own(folder, "unlabelled", languages)
+    return {language: read_squad(path, language, answered=False) for language, path in paths.items()}
+
+
+def _own(folder: Path, part: str, languages: Sequence[str]) -> dict[str, Path]:
+    paths = {language: folder / f"{part}.{language}.json" for language in languages}
+    return {language: path for language, path in paths.items() if path.is_file()}
 
 
 # --- aligned sets and the cross-lingual sample

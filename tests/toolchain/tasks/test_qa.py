@@ -103,32 +103,54 @@ def test_only_a_student_of_a_teacher_can_use_unlabelled_questions() -> None:
     assert config(data=few, **student).data.unlabelled_questions == 5
 
 
-def test_unlabelled_questions_that_are_labelled_elsewhere_are_told(tmp_path: Path) -> None:
-    for part, articles in (("train", [0, 1, 2]), ("val", [3]), ("test", [4]), ("first", [0, 1, 2])):
-        questions = [
+def own_files(folder: Path, **numbers: list[int]) -> dict[str, Any]:
+    """Files of a question for each number, and the section that reads them."""
+    for part, articles in numbers.items():
+        data_ = [
             {
                 "title": f"a{number}",
                 "paragraphs": [
                     {
                         "context": f"Number {number} is here.",
                         "qas": [
-                            {
-                                "id": str(number),
-                                "question": f"Which {number}?",
-                                "answers": [{"text": str(number), "answer_start": 7}],
-                            }
+                            {"id": str(number), "question": f"Which {number}?"}
+                            | ({} if part == "unlabelled" else {"answers": [{"text": str(number), "answer_start": 7}]})
                         ],
                     }
                 ],
             }
             for number in articles
         ]
-        (tmp_path / f"{part}.en.json").write_text(json.dumps({"version": "1.1", "data": questions}))
-    (tmp_path / "tokenizer.json").write_text(data().files[qa_tokenizer.TOKENIZER])
-    section = {"source": "folder", "path": str(tmp_path), "tokenizer": str(tmp_path), "languages": ["en"], "ntl": 0}
-    section |= {"train_questions": 1, "unlabelled_questions": 2, "windows": DATA["windows"]}
+        (folder / f"{part}.en.json").write_text(json.dumps({"version": "1.1", "data": data_}))
+    (folder / "tokenizer.json").write_text(data().files[qa_tokenizer.TOKENIZER])
+    section = {"source": "folder", "path": str(folder), "tokenizer": str(folder), "languages": ["en"], "ntl": 0}
+    return section | {"windows": DATA["windows"]}
+
+
+def test_unlabelled_questions_that_are_labelled_elsewhere_are_told(tmp_path: Path) -> None:
+    section = own_files(tmp_path, first=[0, 1, 2], train=[0, 1, 2], val=[3], test=[4])
+    section |= {"train_questions": 1, "unlabelled_questions": 2}
     found = qa.prepare(qa.DataSection.model_validate(section))
     assert "2 unlabelled questions are also trained on with their labels" in found.info["note"]
+
+
+def test_unlabelled_questions_may_be_files_without_answers(tmp_path: Path) -> None:
+    section = own_files(tmp_path, train=[0, 1, 2], unlabelled=[5, 6, 7], val=[3], test=[4])
+    without = qa.prepare(qa.DataSection.model_validate(section))
+    assert "unlabelled" not in without.splits
+    assert "unlabelled.*.json are not used: set data.unlabelled_questions" in without.info["note"]
+    found = qa.prepare(qa.DataSection.model_validate(section | {"unlabelled_questions": 2}))
+    assert found.info["questions"] == {"first": 0, "train ids": 3, "train": 3, "unlabelled": 2}
+    assert (found.splits["unlabelled"].arrays["start"] == qa_data.UNLABELLED).all()
+    own_files(tmp_path, unlabelled=[4])
+    with pytest.raises(DataError, match=r"article 'a4' .* is among the training articles and in the test split"):
+        qa.prepare(qa.DataSection.model_validate(section | {"unlabelled_questions": 2}))
+
+
+def test_unlabelled_questions_of_a_folder_need_files_or_questions_that_are_left(tmp_path: Path) -> None:
+    section = own_files(tmp_path, train=[0, 1, 2], val=[3], test=[4]) | {"unlabelled_questions": 2}
+    with pytest.raises(DataError, match=r"found none; lower train_questions, give files unlabelled\.<language>\.json"):
+        qa.prepare(qa.DataSection.model_validate(section))
 
 
 def test_a_config_without_unlabelled_questions_is_what_it_was() -> None:
