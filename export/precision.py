@@ -27,6 +27,7 @@ from export.half import (
     to_half,
 )
 from export.int8 import HALF_SCALES, Dynamic, Int8, Static
+from export.smooth import smoothed
 from export.verify import Arrays, Report, compare, evenly, predict
 from toolchain import artifact, runtime
 from toolchain.onnx_runtime import CRASHES
@@ -36,6 +37,7 @@ from toolchain.tasks import Split, as_fed, load_data, load_task
 BATCH = 64
 NAMED = 6  # nodes that are told by name
 ISLAND_SAMPLES = 64
+SMOOTHING_SAMPLES = 8
 
 
 def cpu_call(model: bytes | str) -> Callable[[Arrays], dict[str, np.ndarray]]:
@@ -128,6 +130,17 @@ def half_with_islands(model: Any, gate: Gate) -> tuple[Any, Report, list[str]]:
     return candidate, report, found
 
 
+def dynamic(model: Any, gate: Gate, samples: Split) -> tuple[Dynamic, list[str]]:
+    """What makes dynamic int8 graphs, and the products that it smooths on ``samples``: none where it needs not."""
+    make = Dynamic(model)
+    report = gate(make())
+    if report.passed:
+        return make, []
+    console.print(f"    int8 fails its gate ({'; '.join(report.reasons)}); smoothing", markup=False)
+    smooth, names = smoothed(make.source, samples.select(evenly(len(samples), SMOOTHING_SAMPLES)))
+    return Dynamic(smooth), names
+
+
 def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str]]:
     """The int8 graph, its report, and the nodes that had to be kept float, most harmful first.
 
@@ -176,9 +189,10 @@ def converted(
     calibration: Mapping[str, Any] | None,
     rest: str,
     kept: Sequence[str] = (),
+    smooth: Sequence[str] = (),
 ) -> str:
-    """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples; which nodes
-    were ``kept`` so for the gate."""
+    """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples; how many
+    were made ``smooth`` and which ``kept`` in float for the gate."""
     text = f"{compute - len(stayed)} of {compute} compute nodes converted"
     if calibration and calibration["samples"]:
         text += f", calibrated on {calibration['samples']} training samples ({calibration['method']})"
@@ -186,6 +200,8 @@ def converted(
         text += ", activations scaled in every call, without calibration"
     if stayed:
         text += f"; in {rest}: {_named(stayed)}"
+    if smooth:
+        text += f"; what {len(smooth)} of them read is smoothed to pass the gate"
     if kept:
         text += f"; kept in {rest} to pass the gate: {_named(kept)}"
     return text
@@ -219,7 +235,8 @@ def run(job: Job) -> None:
     if precision == "fp16":
         made, report, extra["fp32_islands"] = half_with_islands(model, gate)
     elif precision == "int8-cpu" and settings["dynamic_int8"]:
-        made, report, extra["float_islands"] = int8_with_islands(Dynamic(model), gate)
+        graphs, extra["smoothed"] = dynamic(model, gate, train)
+        made, report, extra["float_islands"] = int8_with_islands(graphs, gate)
         extra["calibration"] = {"samples": 0, "method": "dynamic"}
     elif precision in ("int8-cpu", "int8-trt"):
         calibration = settings["calibration"]
@@ -247,7 +264,12 @@ def run(job: Job) -> None:
             "opset": opset_of(made),
             "float_nodes": stayed,
             "converted": converted(
-                compute, stayed, extra.get("calibration"), _rest(made, precision), extra.get("float_islands", ())
+                compute,
+                stayed,
+                extra.get("calibration"),
+                _rest(made, precision),
+                extra.get("float_islands", ()),
+                extra.get("smoothed", ()),
             ),
             "verify": report.as_dict(),
         }

@@ -310,26 +310,40 @@ def test_many_nodes_that_stayed_float_are_counted() -> None:
     )
 
 
-@pytest.mark.parametrize(("kind", "dynamic"), [("int8-cpu", False), ("int8-trt", False), ("int8-cpu", True)])
-def test_the_stage_tells_what_it_kept_float(kind: str, dynamic: bool, tmp_path: Path, task: ModuleType) -> None:
-    source, split = tmp_path / "onnx", outliers_split()
+def extra_of_outliers(kind: str, dynamic: bool, folder: Path) -> dict[str, Any]:
+    """What the stage tells of a graph with a product that int8 ruins."""
+    source, split = folder / "onnx", outliers_split()
     with artifact.create(source, stage="onnx", config={}) as draft:
         onnx.save(outliers_graph(), draft.path / "model.onnx")
         np.savez(draft.path / "samples.npz", x=split.arrays["x"])
         outputs = [Port("probabilities", "float32", ("n", 16)), Port("label", "int64", ("n",))]
         draft.set_ports([Port("x", "float32", ("n", 4))], outputs)
         draft.extra = {"precision": "fp32", "opset": 20, "parameters": 832, "task": "tiny"}
-    with artifact.create(tmp_path / "positions", stage="data", config={}) as draft:
+    with artifact.create(folder / "positions", stage="data", config={}) as draft:
         save_data(draft.path, Data({"train": split, "val": split}, {}))
     limits = EXPORT["parity"]["limits"] | {kind: {"max_difference": None, "agreement": 0.9, "metric_drop": 20.0}}
     parity = {"samples": 96, "limits": limits}
-    work = job(kind, source, tmp_path / "positions", dynamic_int8=dynamic, parity=parity)
+    work = job(kind, source, folder / "positions", dynamic_int8=dynamic, parity=parity)
     precision.run(work)
     extra = artifact.verify(work.out).extra
+    assert extra["verify"]["agreement"] >= 0.9
+    return extra
+
+
+@pytest.mark.parametrize("kind", ["int8-cpu", "int8-trt"])
+def test_the_stage_tells_what_it_kept_float(kind: str, tmp_path: Path, task: ModuleType) -> None:
+    extra = extra_of_outliers(kind, False, tmp_path)
     assert extra["float_islands"] == ["wide"]
     assert "wide" in extra["float_nodes"]
     assert extra["converted"].endswith("to pass the gate: wide")
-    assert extra["verify"]["agreement"] >= 0.9
+
+
+def test_the_stage_smooths_dynamic_int8_before_it_keeps_anything_float(tmp_path: Path, task: ModuleType) -> None:
+    extra = extra_of_outliers("int8-cpu", True, tmp_path)
+    assert extra["smoothed"] == ["wide"]
+    assert extra["float_islands"] == []
+    assert extra["float_nodes"] == []
+    assert extra["converted"].endswith("without calibration; what 1 of them read is smoothed to pass the gate")
 
 
 def test_what_was_kept_float_for_the_gate_is_told() -> None:

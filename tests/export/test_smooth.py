@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+
+from export.int8 import Dynamic
+from export.smooth import smoothed
+from tests.export.graphs import session, small_graph
+from toolchain.tasks import Split
+
+LARGE = 40.0  # of three channels, beside ones of about 1
+
+
+@pytest.fixture
+def samples() -> Split:
+    return Split({"x": np.random.default_rng(1).normal(size=(24, 5, 32)).astype(np.float32)}, ("x",))
+
+
+def encoder(large: float = LARGE) -> Any:
+    """x (n, s, 32) -> h, some channels of which are large, read by two products with one weight and by the residual."""
+    rng = np.random.default_rng(0)
+    size = np.ones(32)
+    size[[3, 17, 30]] = large
+    weights = {"w.in": rng.normal(size=(32, 32)) / 6, "size": size, "w": rng.normal(size=(32, 32)) / 6}
+    weights["w"][[3, 17, 30]] /= large
+    weights["w.out"] = np.sign(rng.normal(size=(32, 4))) / 6
+    nodes = [
+        helper.make_node("MatMul", ["x", "w.in"], ["a"], "in"),
+        helper.make_node("Mul", ["a", "size"], ["h"], "large"),
+        helper.make_node("MatMul", ["h", "w"], ["q"], "query"),
+        helper.make_node("MatMul", ["h", "w"], ["k"], "key"),
+        helper.make_node("Add", ["q", "k"], ["b"], "add"),
+        helper.make_node("Tanh", ["b"], ["c"], "tanh"),
+        helper.make_node("MatMul", ["c", "w.out"], ["y"], "out"),
+    ]
+    return small_graph(nodes, {"x": ["n", "s", 32]}, {"y": ["n", "s", 4], "h": ["n", "s", 32]}, weights)
+
+
+def error(model: Any, reference: Any, samples: Split) -> float:
+    feeds = {"x": samples.arrays["x"][8:9]}
+    return float(np.abs(session(model)(feeds)["y"] - session(reference)(feeds)["y"]).mean())
+
+
+def test_a_smoothed_graph_computes_the_same_in_float_and_loses_less_in_int8(samples: Split) -> None:
+    model = encoder()
+    made, names = smoothed(model, samples.select(np.arange(8)))
+    onnx.checker.check_model(made, full_check=True)
+    assert names == ["query", "key"]
+    feeds = {"x": samples.arrays["x"]}
+    for name, value in session(model)(feeds).items():
+        np.testing.assert_allclose(session(made)(feeds)[name], value, rtol=1e-4, atol=1e-4)
+    before, after = (error(Dynamic(one)(), model, samples) for one in (model, made))
+    assert after < before / 3
+    assert {name for name, _ in [(one, None) for one in Dynamic(made).convertible(made)]} == {
+        "in",
+        "query",
+        "key",
+        "out",
+    }
+
+
+def test_what_has_no_large_channels_is_left_as_it_is(samples: Split) -> None:
+    model = encoder(1.0)
+    made, names = smoothed(model, samples)
+    assert names == []
+    assert made == model
+
+
+def test_dead_channels_and_products_of_zeros_stay_finite(samples: Split) -> None:
+    model = encoder()
+    for tensor in model.graph.initializer:
+        if tensor.name == "size":
+            size = onnx.numpy_helper.to_array(tensor).copy()
+            size[:2] = 0
+            tensor.CopyFrom(onnx.numpy_helper.from_array(size, "size"))
+    made, names = smoothed(model, samples)
+    assert names == ["query", "key"]
+    assert np.isfinite(session(made)({"x": samples.arrays["x"]})["y"]).all()
+    silent = Split({"x": np.zeros((4, 5, 32), np.float32)}, ("x",))
+    assert smoothed(model, silent)[1] == []
+
+
+def test_a_weight_that_nothing_reads_any_more_is_gone(samples: Split) -> None:
+    made, _ = smoothed(encoder(), samples)
+    used = {name for node in made.graph.node for name in node.input}
+    assert {tensor.name for tensor in made.graph.initializer} <= used
