@@ -22,7 +22,8 @@ QUESTIONS = {
     "unseen_f1": "F1, languages not trained on",
     "tydiqa_f1": "TyDiQA F1",
 }
-TEST_SELECTED = "test_selected_"
+TEST_SELECTED, VALIDATED = "test_selected_", "val_"  # what metrics that are not of the test split begin with
+TEST = "test"
 PAIRED_NOTE = (
     "F1 in percent. One question is one sample: its translations, and the seeds, are averaged first. Interval and p: "
     "bootstrap over questions; Wilcoxon's signed-rank test beside it. Questions of one article count as independent, "
@@ -93,18 +94,21 @@ def grouped(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[int, 
     return groups
 
 
-def study_table(rows: Sequence[Mapping[str, Any]], against: str | None = None) -> str:
+def study_table(rows: Sequence[Mapping[str, Any]], against: str | None = None, split: str = TEST) -> str:
     """Mean ± sd over seeds of each (dataset, method), and the paired difference to the method ``against``, or else to
-    the study's baseline. Raises TableError.
+    the study's baseline, on a split. Raises TableError.
 
     The headline metric is the first of a row's ``metrics``, more is better: the best method stands first. For
     trajectories see ``trajectory_tables``; questions have a column per average.
     """
+    if split != TEST:
+        rows = [row | {"metrics": on_validation(row["metrics"])} for row in map(dict, rows)]
+        rows = [row for row in rows if row["metrics"]]
     if not rows:
         return "No results yet.\n"
     groups = grouped(rows)
     if all("minADE" in row["metrics"] for row in rows):
-        return trajectory_tables(groups)
+        return trajectory_tables(groups, split)
     body = []
     known = list(dict.fromkeys(name for methods in groups.values() for name in methods))
     if against is not None and against not in known:
@@ -128,6 +132,10 @@ def study_table(rows: Sequence[Mapping[str, Any]], against: str | None = None) -
     change = f"difference to {base} ± sd [95 %]"
     title = ["dataset", "method", "params", "metric", "mean ± sd", change, *more.values(), "seeds"]
     return f"{markdown(title, body, right=[title[2], *title[4:]])}\n{_made_on(groups)}"
+
+
+def on_validation(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix(VALIDATED): value for name, value in metrics.items() if name.startswith(VALIDATED)}
 
 
 def rows_of(methods: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
@@ -157,8 +165,9 @@ def paired_table(result: Mapping[str, Sequence[Mapping[str, Any]]], against: str
 # --- trajectories
 
 
-def trajectory_tables(groups: Methods) -> str:
-    """A row per method, a column per dataset: minADE/minFDE, then meanADE/meanFDE, with what is known of others.
+def trajectory_tables(groups: Methods, split: str = TEST) -> str:
+    """A row per method, a column per dataset: minADE/minFDE, then meanADE/meanFDE; on the test split with what is known
+    of others.
 
     Cells are means over seeds. AVG is the plain mean of the five scenes of ETH/UCY, where a method has all of them. The
     sd over seeds stands at AVG, or at each cell where there is no AVG.
@@ -168,7 +177,7 @@ def trajectory_tables(groups: Methods) -> str:
     columns = [*scenes, *(dataset for dataset in groups if dataset not in scenes)]
     averaged = known["columns"] if scenes == known["columns"] else []
     title = ["method", *(name.upper() for name in columns), *(["AVG"] if averaged else []), "seeds"]
-    references = [_reference_cells(row, columns, averaged) for row in known["rows"]] if scenes else []
+    references = [_reference_cells(row, columns, averaged) for row in known["rows"]] if scenes and split == TEST else []
     best = [_method_cells(groups, method, columns, averaged, ("minADE", "minFDE")) for method in _methods(groups)]
     habit = [
         _method_cells(groups, method, columns, averaged, (f"{TEST_SELECTED}minADE", f"{TEST_SELECTED}minFDE"))
@@ -180,7 +189,7 @@ def trajectory_tables(groups: Methods) -> str:
     parts = [
         markdown(title, [*references, *best, *habit], right=title[1:]),
         (
-            f"minADE/minFDE on the test split, {unit}: least of the K paths, each for itself; less is better. Mean "
+            f"minADE/minFDE on the {split} split, {unit}: least of the K paths, each for itself; less is better. Mean "
             f"over seeds, ± sd over seeds.{' AVG: plain mean of the five scenes.' if averaged else ''}\n"
         ),
     ]

@@ -6,7 +6,8 @@
 Between ``<!-- results:<name> -->`` and ``<!-- /results -->`` a document holds the table of ``<name>.jsonl``, a study,
 or of ``<name>.json``: a summary, or ``benchmarks.overhead``, ``.distillation``, ``.ppt``, ``.questions``, ``.paired``
 found. Of a study, ``<!-- results:<name> against <method> of <dataset> -->`` gives the paired differences to that
-method, and the rows of that dataset alone; both parts may be left out.
+method, and the rows of that dataset alone; ``on validation`` before them gives the scores on that split. All parts may
+be left out.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.formats import TableError, count, markdown, ms, score, scored, share, size, times, titled
-from benchmarks.study_tables import paired_table, read_results, study_table
+from benchmarks.study_tables import TEST, paired_table, read_results, study_table
 from toolchain.stage import console, guard
 
 RESULTS = Path(__file__).parent / "results"
 NOISY = 0.25  # a training benchmark whose rounds differ by more is marked
 LEAST_WIDTH = 100  # a cut column says nothing; a terminal that is narrower wraps
 MARKED = re.compile(
-    r"(<!-- results:(?P<study>[\w.-]+)(?: against (?P<base>[^>]+?))?(?: of (?P<dataset>[\w.-]+))? -->\n)"
+    r"(<!-- results:(?P<study>[\w.-]+)(?: on (?P<split>validation))?(?: against (?P<base>[^>]+?))?"
+    r"(?: of (?P<dataset>[\w.-]+))? -->\n)"
     r"(?P<body>.*?)(<!-- /results -->)",
     re.DOTALL,
 )
@@ -279,7 +281,8 @@ def render(text: str, results: Path, what: str) -> str:
             table = measured_table(json.loads(measured.read_text(encoding="utf-8")), str(measured))
         else:
             rows = read_results(results / f"{match['study']}.jsonl")
-            table = study_table([row for row in rows if match["dataset"] in (None, row["dataset"])], match["base"])
+            rows = [row for row in rows if match["dataset"] in (None, row["dataset"])]
+            table = study_table(rows, match["base"], match["split"] or TEST)
         return f"{match[1]}\n{table}\n<!-- /results -->"
 
     return MARKED.sub(replaced, text)

@@ -85,6 +85,16 @@ def test_other_data_have_no_references_and_no_average() -> None:
     assert "in the unit of the data" in text
 
 
+def test_scores_of_the_validation_split_stand_beside_no_published_ones() -> None:
+    tried = row("zara1", "scale 10", 0, 0.2)
+    tried["metrics"] |= {f"val_{name}": 2 * value for name, value in tried["metrics"].items()}
+    found = study_tables.study_table([tried, row("zara1", "without", 0, 0.1)], split="validation").splitlines()
+    assert found[:3] == ["| method | ZARA1 | seeds |", "|---|--:|--:|", "| scale 10 | .400/.800 | 1 |"]
+    assert any(line.startswith("minADE/minFDE on the validation split, in metres") for line in found)
+    assert "published" not in "\n".join(found)
+    assert study_tables.study_table([row("zara1", "without", 0, 0.1)], split="validation") == "No results yet.\n"
+
+
 def test_devices_are_told_apart() -> None:
     rows = [row("zara1", "ppt", 0, 0.2), row("zara1", "student", 0, 0.21) | {"device": "a CPU"}]
     assert lines(rows)[-1] == "leave one out. Computed on a GPU (ppt); a CPU (student)."

@@ -64,6 +64,13 @@ def test_a_study_is_compared_with_any_of_its_methods(tmp_path: Path) -> None:
     assert "No results yet" in tables.render(text.replace("of digits", "of mnist"), tmp_path, "a.md")
 
 
+def test_a_document_may_show_the_validation_split(tmp_path: Path) -> None:
+    row = {"method": "tried", "dataset": "digits", "seed": 0, "device": "cpu"}
+    write(tmp_path, extra=[row | {"metrics": {"accuracy": 80.0, "val_accuracy": 85.0}}])
+    text = "<!-- results:digits on validation of digits -->\n<!-- /results -->"
+    assert tables.render(text, tmp_path, "a.md").splitlines()[4] == "| digits | tried | – | accuracy | 85.00 | – | 1 |"
+
+
 def test_a_seed_run_twice_counts_once_and_unpaired_seeds_do_not_pair(tmp_path: Path) -> None:
     extra = [{"method": "prockd", "dataset": "digits", "seed": s, "metrics": {"accuracy": 99.0}} for s in (0, 7)]
     line = tables.study_table(tables.read_results(write(tmp_path, extra=extra))).splitlines()[2]
