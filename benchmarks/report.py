@@ -87,9 +87,27 @@ def summarise(job: Job, bench: Mapping[str, Any]) -> dict[str, Any]:
         "max_drop": max_drop,
         "recommended": findings.recommend(bench["rows"], bench["metric"], max_drop),
         "precision": findings.precision_words(bench["rows"]),
+        "steps": steps(job.inputs, bench["metric"]),
         "lineage": lineage(job.inputs),
     }
     return summary | {"headline": findings.sentence(summary, config)}
+
+
+def steps(inputs: Mapping[str, Path], metric: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What became of the teacher on its way to a student that was cut out of it: parameters, validation score."""
+    if metric is None or not {"teacher", "student"} <= set(inputs):
+        return []
+    teacher, student = (artifact.read(inputs[role]) for role in ("teacher", "student"))
+    made = student.extra.get("steps") or []
+    ends = [
+        {"what": what, "parameters": end.extra["parameters"], "val": end.metrics["val"]}
+        for what, end in (("the teacher", teacher), ("distilled: the student", student))
+        if made
+    ]
+    return [
+        {"what": one["what"], "parameters": one["parameters"], "score": one["val"].get(metric["name"])}
+        for one in (*ends[:1], *made, *ends[1:])
+    ]
 
 
 def lineage(inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
@@ -229,12 +247,23 @@ def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
     rows, metric = summary["rows"], summary["metric"]
     found: dict[str, Table] = {}
     if metric is not None:
+        if summary["steps"]:
+            found["steps"] = _steps_table(summary["steps"], metric)
         found["accuracy"] = _accuracy_table(rows, metric)
     found["latency"] = _latency_table(rows)
     if any(row["paced"] for row in rows):
         found["paced"] = _paced_table(rows)
     found["resources"] = _resource_table(rows)
     return found
+
+
+def _steps_table(made: list[dict[str, Any]], metric: Mapping[str, Any]) -> Table:
+    title = ["step", "params", f"{titled(metric)}, validation", "change"]
+    before = [None, *(one["score"] for one in made)]
+    return title, [
+        [one["what"], count(one["parameters"]), scored(one["score"], metric), _change(one["score"], last, metric)]
+        for one, last in zip(made, before, strict=False)
+    ]
 
 
 def _accuracy_table(rows: list[dict[str, Any]], metric: Mapping[str, Any]) -> Table:
@@ -395,6 +424,7 @@ def render_html(view: Mapping[str, Any]) -> str:
 
 
 SECTIONS = {
+    "steps": "From the teacher to the student",
     "accuracy": "Accuracy, step by step",
     "latency": "Latency",
     "paced": "Paced, as behind a camera",

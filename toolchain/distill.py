@@ -70,6 +70,7 @@ def write(trained: Trained, out: Path, config: dict[str, Any]) -> None:
             "info": trained.run.data.info,
             "method": trained.run.cfg.method.name,
             "parameters": sum(parameter.numel() for parameter in trained.student.parameters()),
+            "steps": trained.run.steps,
             "stages": records,
             "best_epoch": records[-1]["best_epoch"] if records else None,
         }

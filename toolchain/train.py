@@ -32,7 +32,7 @@ from toolchain.config import Config, TrainSection
 from toolchain.distiller import Distiller, fingerprint, frozen_parts
 from toolchain.doctor import SLOW, bf16_cost
 from toolchain.stage import Bar, console, progress
-from toolchain.tasks import Data, load_task
+from toolchain.tasks import Data, digits_of, load_task
 
 Score = Callable[[nn.Module], Mapping[str, float]]
 Moments = dict[str, float]
@@ -90,8 +90,8 @@ class Run:
     """What a method's ``distill(cfg, run)`` works with; usable without a pipeline.
 
     ``inputs`` maps roles (``data``, ``features``, ``teacher``) to artifacts; under ``work`` lie checkpoints and
-    finished stages. ``records`` gets one summary per stage, ``folders`` its artifact. In ``shared``, where there is
-    such a folder, lie stages that other runs may take over.
+    finished stages. ``records`` gets one summary per stage, ``folders`` its artifact, ``steps`` what ``step`` was told.
+    In ``shared``, where there is such a folder, lie stages that other runs may take over.
     """
 
     cfg: Config
@@ -102,6 +102,7 @@ class Run:
     task: Any = None
     records: list[dict[str, Any]] = field(default_factory=list)
     folders: list[Path] = field(default_factory=list)
+    steps: list[dict[str, Any]] = field(default_factory=list)
     shared: Path | None = None
 
     def __post_init__(self) -> None:
@@ -145,6 +146,14 @@ class Run:
     def say(self, text: str) -> None:
         if not self.quiet and PartialState().is_main_process:
             console.print(f"    {text}", markup=False)
+
+    def step(self, what: str, module: nn.Module) -> None:
+        """Score, for the report's ledger, what a method made of the teacher before it trains."""
+        val = {name: float(value) for name, value in self.scorer()(module.to(self.device)).items()}
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        self.steps.append({"what": what, "parameters": parameters, "val": val})
+        headline, value = next(iter(val.items()))
+        self.say(f"{what}: {parameters:,} parameters, validation {headline} {value:.{digits_of(self.task)}f}")
 
     def stage(
         self,

@@ -123,6 +123,23 @@ def test_a_budget_is_told_exactly() -> None:
     assert findings.budget(0.0005, METRES) == "with minADE at most 0.0005 m above the student's"
 
 
+def test_what_became_of_the_teacher_is_told_step_by_step(tmp_path: Path) -> None:
+    steps = [{"what": "half of its layers", "parameters": 50, "val": {"accuracy": 40.0}}]
+    for role, parameters, value, extra in (("teacher", 100, 90.0, {}), ("student", 50, 85.0, {"steps": steps})):
+        with artifact.create(tmp_path / role, stage=role, config={}) as draft:
+            draft.metrics, draft.extra = {"val": {"accuracy": value}}, {"parameters": parameters} | extra
+    inputs = {role: tmp_path / role for role in ("teacher", "student")}
+    found = report.steps(inputs, METRIC)
+    title, body = report._steps_table(found, METRIC)
+    assert title[2] == "accuracy (%), validation"
+    assert body == [
+        ["the teacher", "100", "90.00", "–"],
+        ["half of its layers", "50", "40.00", "−50.00"],
+        ["distilled: the student", "50", "85.00", "+45.00"],
+    ]
+    assert report.steps({"student": tmp_path / "student"}, METRIC) == []
+
+
 def test_every_table_of_an_error_has_its_digits_and_direction() -> None:
     rows = [
         row("onnx-teacher", "teacher", "fp32", 5.0, None, accuracy={"minADE": 0.3812, "minFDE": 0.68}),

@@ -80,10 +80,13 @@ def distill(cfg: Config, run: Run) -> nn.Module:
     batches = SpanBatches(run, splits, cfg.train.batch_size)
     used = np.array(json.loads(run.data.files[USED]), np.int64)
     pieces = used_pieces(teacher.tokenizer, [used], o.extra_pieces) if o.vocabulary == "used" else None
-    student = smaller(teacher, layers, pieces)
     if pieces is not None:
-        total = int(teacher.encoder.config.vocab_size)
-        run.say(f"vocabulary: {len(pieces):,} of {total:,} pieces; {_lost(run, pieces)}")
+        whole = int(teacher.encoder.config.vocab_size)
+        what = f"{len(pieces):,} of its {whole:,} word pieces; {_lost(run, pieces)}"
+        run.step(what, smaller(teacher, list(range(total)), pieces))
+    student = smaller(teacher, layers, pieces)
+    if len(layers) < total:
+        run.step(f"{len(layers)} of its {total} layers, not yet distilled", student)
     return run.stage("student", Smaller(student, teacher, layers, o), batches, cfg.train, run.scorer())
 
 

@@ -56,6 +56,12 @@ def test_a_smaller_student_learns_from_the_teachers_artifact(tmp_path: Path) -> 
     assert same(found, weights(distill(this.cfg, run(tmp_path / "again", inputs, **sections))))
     assert same(before, weights(teacher))
     assert this.records[0]["name"] == "student"
+    pruned, cut = this.steps
+    assert "word pieces; " in pruned["what"]
+    assert cut["what"] == "1 of its 2 layers, not yet distilled"
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (teacher, student)]
+    assert sizes[0] > pruned["parameters"] > cut["parameters"] == sizes[1]
+    assert pruned["val"] == pytest.approx(this.scorer()(teacher), abs=1e-4)
 
 
 def test_windows_without_a_label_teach_what_the_teacher_says_alone(tmp_path: Path) -> None:
