@@ -55,13 +55,20 @@ def weighted_kd(student: Tensor, teacher: Tensor, temperature: float, weight: Te
 
 
 def hit_precision(
-    logits: Tensor, label: Tensor, k: int = 10, below: int = 5, above: int = 4, every_hit: bool = False
+    logits: Tensor,
+    label: Tensor,
+    k: int = 10,
+    below: int = 5,
+    above: int = 4,
+    every_hit: bool = False,
+    length: Tensor | None = None,
 ) -> Tensor:
     """How high the right positions stand in the ranking of ``logits`` (B, S, ...), in [0, 1] like ``label`` (B, ...).
 
     Of the ``k`` best positions those in label - below .. label + above are hits. 1 / rank of the first hit, 0 without
     one: what the "mAP@k" of Carrino et al., arXiv 2309.17134, is in their code. ``every_hit`` gives the true AP@k:
-    precision at each hit's rank, summed, over min(number of right positions, k).
+    precision at each hit's rank, summed, over min(number of right positions, k). ``length`` (B,): positions that are
+    not padding, whose logits are the least; default S.
     """
     size = logits.shape[1]
     order = logits.detach().float().sort(stable=True, dim=1, descending=True).indices[:, : min(k, size)]
@@ -70,7 +77,8 @@ def hit_precision(
     rank = rank.reshape(1, -1, *[1] * (label.ndim - 1))
     if not every_hit:
         return (hit / rank).amax(1)
-    right = (label + above).clamp(max=size - 1) - (label - below).clamp(min=0) + 1
+    last = torch.full_like(label, size - 1) if length is None else (length - 1).reshape(-1, *[1] * (label.ndim - 1))
+    right = torch.minimum(label + above, last) - (label - below).clamp(min=0) + 1
     return (hit * hit.cumsum(1) / rank).sum(1) / right.clamp(max=k)
 
 

@@ -112,7 +112,7 @@ class Generations(Distiller):
         loss = o.ce * ce
         if o.kd:
             z_t = self._taught(batch)
-            weight = coefficient(z_t, label, o)
+            weight = coefficient(z_t, label, o, batch["attention_mask"].sum(1))
             out |= {"coefficient": weight.mean(), "kd": hinton_kd(z, z_t, o.temperature)}
             kd = weighted_kd(z, z_t, o.temperature, weight) if o.per_example else weight.mean() * out["kd"]
             loss = loss + o.kd * kd
@@ -124,13 +124,16 @@ class Generations(Distiller):
         return self.teacher(batch["input_ids"], batch["attention_mask"])  # type: ignore[no-any-return]
 
 
-def coefficient(teacher: Tensor, label: Tensor, options: SelfDistillation) -> Tensor:
-    """The weight (B,) of each window's distillation, from teacher logits (B, S, 2) and labels (B, 2), in [0, 1]."""
+def coefficient(teacher: Tensor, label: Tensor, options: SelfDistillation, length: Tensor | None = None) -> Tensor:
+    """The weight (B,) of each window's distillation, from teacher logits (B, S, 2) and labels (B, 2), in [0, 1].
+
+    ``length`` (B,): tokens that are not padding.
+    """
     if options.coefficient == "constant":
         return torch.ones(len(label), device=teacher.device)
     below = 0 if options.strict else options.tolerance
     above = below if options.symmetric else max(0, below - 1)
-    return hit_precision(teacher, label, options.k, below, above, options.every_hit).mean(1)
+    return hit_precision(teacher, label, options.k, below, above, options.every_hit, length).mean(1)
 
 
 def recipe_of(train: TrainSection, own: Recipe) -> TrainSection:

@@ -116,6 +116,12 @@ class DataSection(Section):
     eval_questions: Positive | None = None
     download: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _scored_as_published(cls, value: Any) -> Any:
+        mlqa = isinstance(value, dict) and value.get("evaluate") == "mlqa"
+        return {"normaliser": "mlqa"} | value if mlqa else value
+
     @model_validator(mode="after")
     def _sound(self) -> DataSection:
         if self.pivot not in self.languages:
@@ -130,6 +136,10 @@ class DataSection(Section):
             )
         if self.source != "xquad" and (self.first or self.tydiqa or self.evaluate != "xquad"):
             raise ValueError("first, tydiqa and evaluate go with source xquad")
+        if self.evaluate == "mlqa" and self.normaliser != "mlqa":
+            raise ValueError(
+                "evaluate: mlqa is scored by MLQA's own normaliser, articles of each language; leave normaliser out"
+            )
         if self.evaluate == "mlqa" and self.unseen:
             raise ValueError(
                 "unseen: XQuAD's other languages are translations of articles that evaluate: mlqa trains on"
@@ -202,9 +212,9 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
         faults.append(
             (("data", "unlabelled_questions"), "method self_distillation needs labels; these are for qa_student")
         )
-    longest = max(config.data.windows.max_length, (config.data.first_windows or config.data.windows).max_length)
+    longest = config.data.windows.max_length
     sequence = config.compile.shapes.get("sequence")
-    if config.compile.backend != "none" and (sequence is None or sequence.max < config.data.windows.max_length):
+    if config.compile.backend != "none" and (sequence is None or sequence.max < longest):
         faults.append(
             (
                 ("compile", "shapes"),
@@ -241,10 +251,15 @@ def _scored(texts: Mapping[int, str], split: Split) -> list[tuple[dict[str, Any]
     result = []
     for number, text in texts.items():
         question = split.meta["questions"][number]
-        normalise = qa_metrics.normaliser(split.meta["normaliser"], question["cell"][1])
-        f1, em = qa_metrics.best(text, question["answers"], normalise)
+        f1, em = qa_metrics.best(text, question["answers"], _normaliser(split, question))
         result.append((question, 100 * f1, 100 * em))
     return result
+
+
+def _normaliser(split: Split, question: Mapping[str, Any]) -> Any:
+    """TyDiQA's is SQuAD's, whatever the other questions are scored by."""
+    name = "squad" if question["part"] == TYDIQA else split.meta["normaliser"]
+    return qa_metrics.normaliser(name, question["cell"][1])
 
 
 def _texts(outputs: Arrays, split: Split) -> dict[int, str]:
@@ -306,13 +321,12 @@ def show(outputs: Arrays, split: Split, index: int) -> dict[str, Any]:
     one = split.select(np.array([index]))
     (number, (text, _)), *_ = answers({name: outputs[name][[index]] for name in ("start", "end")}, one).items()
     question = split.meta["questions"][number]
-    normalise = qa_metrics.normaliser(split.meta["normaliser"], question["cell"][1])
     return {
         "text": question["question"],
         "label": "-".join(question["cell"]),
         "truth": question["answers"][0],
         "prediction": text,
-        "right": qa_metrics.best(text, question["answers"], normalise)[1] == 1,
+        "right": qa_metrics.best(text, question["answers"], _normaliser(split, question))[1] == 1,
     }
 
 

@@ -106,7 +106,7 @@ def _check(sets: Sets) -> None:
     }
     for name, held_out in sides.items():
         check_leak(trained, held_out, name)
-    check_leak(sides["the validation split"], sides["the test split"], "the test split, and chosen by")
+    check_leak(sides["the validation split"], sides["the test split"], "the test split", "the validation articles")
 
 
 def _pairs(train: Sequence[Question]) -> dict[str, Any]:

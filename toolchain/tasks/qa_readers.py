@@ -150,14 +150,16 @@ def of_articles(questions: Iterable[Question]) -> Callable[[Question], bool]:
     return lambda q: (bool(q.title) and name_of(q.title) in titles) or q.context in contexts
 
 
-def check_leak(train: Iterable[Question], held_out: Iterable[Question], what: str) -> None:
+def check_leak(
+    train: Iterable[Question], held_out: Iterable[Question], what: str, where: str = "the training articles"
+) -> None:
     """Raise DataError when an article is on both sides."""
     trained = of_articles(train)
     for question in held_out:
         if trained(question):
             raise DataError(
-                f"article {question.title!r} (question {question.id}) is among the training articles and in {what}; "
-                "split by article, so that nothing measured was trained on"
+                f"article {question.title!r} (question {question.id}) is among {where} and in {what}; "
+                "split by article, so that nothing measured was trained on or chosen by"
             )
 
 

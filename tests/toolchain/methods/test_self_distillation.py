@@ -14,6 +14,7 @@ from tests.toolchain.qa_doubles import net, run
 from toolchain.losses import cross_entropy, hinton_kd, hit_precision, weighted_kd
 from toolchain.methods.options import SelfDistillation
 from toolchain.methods.self_distillation import Generations, TeacherLogits, coefficient, distill
+from toolchain.tasks import FILL
 from toolchain.tasks.qa_batches import SpanBatches
 from toolchain.train import read_metrics
 
@@ -63,6 +64,16 @@ def test_its_options() -> None:
     assert value([20, 12, 21, 13], every_hit=True) == pytest.approx(found)
     assert value([20, 12], every_hit=True, strict=True) == pytest.approx(1 / 2)
     assert float(hit_precision(torch.tensor([[3.0, 2.0, 1.0]]), torch.tensor([2]))) == 1  # fewer than k positions
+
+
+@pytest.mark.parametrize("every_hit", [False, True])
+def test_it_does_not_depend_on_padding(every_hit: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, label = torch.randn(20, 12, 2, generator=generator), torch.randint(6, 12, (20, 2), generator=generator)
+    padded = torch.nn.functional.pad(logits, (0, 0, 0, 6), value=FILL)
+    chosen, length = options(every_hit=every_hit), torch.full((20,), 12)
+    assert torch.equal(coefficient(padded, label, chosen, length), coefficient(logits, label, chosen, length))
+    assert torch.equal(coefficient(logits, label, chosen, length), coefficient(logits, label, chosen))
 
 
 def test_it_agrees_with_a_naive_loop_and_carries_no_gradient() -> None:

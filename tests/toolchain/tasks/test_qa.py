@@ -303,7 +303,7 @@ def mlqa(tmp_path: Path) -> dict[str, Any]:
             for other in ("en", "es"):
                 mlqa_file(tmp_path, part, other, language, f"{part} article {language}")
     keys = {"path": str(tmp_path), "tokenizer": str(tmp_path / "tok"), "languages": ("en", "es"), "ntl": 1}
-    return keys | {"source": "xquad", "evaluate": "mlqa", "normaliser": "mlqa"}
+    return keys | {"source": "xquad", "evaluate": "mlqa"}
 
 
 def mlqa_file(folder: Path, part: str, asked: str, read: str, *titles: str) -> None:
@@ -321,6 +321,24 @@ def test_mlqa_scores_what_all_of_xquad_trained(mlqa: dict[str, Any]) -> None:
     assert qa.score(gold(found.splits["test"]), found.splits["test"])["gxlt_f1"] == 100
     with pytest.raises(ValueError, match="translations of articles that evaluate: mlqa trains on"):
         qa.DataSection(**mlqa, unseen=("ru",))
+    with pytest.raises(ValueError, match="scored by MLQA's own normaliser"):
+        qa.DataSection(**mlqa, normaliser="squad")
+
+
+def test_tydiqa_is_scored_as_squad_is_beside_mlqa_too(mlqa: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "qa" / "tydiqa_goldp").mkdir()
+    written(tmp_path, "dev", "fi", ["finnish-1"])
+    (tmp_path / "dev.fi.json").rename(tmp_path / "qa" / "tydiqa_goldp" / "finnish_tydiqa_dev.json")
+    split = qa.prepare(qa.DataSection(**mlqa, tydiqa=("fi",))).splits["test"]
+    assert split.meta["normaliser"] == "mlqa"
+    told = {n: f"el {q['answers'][0]}" for n, q in enumerate(split.meta["questions"])}
+    scores = qa.score_texts(told, split)  # "el" is an article in MLQA's Spanish alone
+    assert scores["gxlt_em"] == 50
+    assert scores["tydiqa_em"] == 0
+    told = {n: f"the {q['answers'][0]}" for n, q in enumerate(split.meta["questions"])}
+    scores = qa.score_texts(told, split)  # SQuAD's English articles go in every language
+    assert scores["gxlt_em"] == 50
+    assert scores["tydiqa_em"] == 100
 
 
 def test_articles_of_mlqa_are_not_trained_on(mlqa: dict[str, Any], tmp_path: Path) -> None:

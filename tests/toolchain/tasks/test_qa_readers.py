@@ -201,6 +201,8 @@ def test_an_article_on_both_sides_is_an_error() -> None:
     for leak in (one("2", "Super Bowl 50", "c b"), one("2", "Other", "c a")):
         with pytest.raises(DataError, match=r"\(question 2\) is among the training articles and in the test split"):
             check_leak(train, [leak], "the test split")
+    with pytest.raises(DataError, match=r"is among the validation articles and in the test split; split by article"):
+        check_leak(train, [one("2", "Super Bowl 50", "c b")], "the test split", "the validation articles")
 
 
 def test_a_file_of_ones_own_is_looked_for_by_language(tmp_path: Path) -> None:
