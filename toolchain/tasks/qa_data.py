@@ -12,6 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +155,22 @@ def _folder(section: DataSection) -> Sets:
     unlabelled, notes = qa_readers.own_unlabelled(folder, section.languages), []
     if unlabelled and not section.unlabelled_questions:
         notes = ["The files unlabelled.*.json are not used: set data.unlabelled_questions to how many of them to use."]
+    notes += [note for part, found in parts.items() if (note := _unaligned(part, found, section.languages))]
     return _sets(section, questions, parts["train"], parts["val"], parts["test"], notes, unlabelled)
+
+
+def _unaligned(part: str, found: ByLanguage, languages: Sequence[str]) -> str | None:
+    """How many ids lack a language. Raises DataError where two languages of a scored part share none."""
+    ids = {language: {question.id for question in found.get(language, ())} for language in languages}
+    for one, other in combinations(languages, 2):
+        if part != "train" and not ids[one] & ids[other]:
+            raise DataError(
+                f"{part}.{one}.json and {part}.{other}.json: expected questions with the same ids, which are "
+                "translations of each other, found none; give translations one id"
+            )
+    everywhere = set.union(*ids.values())
+    lack = sum(not all(name in own for own in ids.values()) for name in everywhere)
+    return f"{lack} questions of {part} are not in every language." if lack else None
 
 
 def _xquad(section: DataSection) -> Sets:

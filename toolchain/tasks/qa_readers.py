@@ -249,11 +249,17 @@ def _unpacked(archive: Path, member: str) -> Path:
 
 
 def own_files(folder: Path, part: str, languages: Sequence[str]) -> dict[str, list[Question]]:
-    """``<part>.<language>.json`` of a person's own folder; at least one must be there. Raises DataError."""
+    """``<part>.<language>.json`` of a person's own folder: to train on in one language at least, else in all.
+
+    Raises DataError.
+    """
     paths = _own(folder, part, languages)
-    if not paths:
-        shown = ", ".join(f"{part}.{language}.json" for language in languages)
-        raise DataError(f"{folder}: expected SQuAD-v1.1 files of the {part} split, found none of {shown}")
+    missing = [f"{part}.{language}.json" for language in languages if language not in paths]
+    if missing and (part != "train" or not paths):
+        raise DataError(
+            f"{folder}: expected SQuAD-v1.1 files of the {part} split in the languages of data.languages, found no "
+            f"{', '.join(missing)}; add what is missing, or take the languages out"
+        )
     return {language: read_squad(path, language) for language, path in paths.items()}
 
 

@@ -258,9 +258,24 @@ def test_files_of_ones_own_and_a_leak_among_them(own: dict[str, Any], tmp_path: 
     assert "first" not in found.splits
     assert found.info["note"] is None
     before = qa.files_state(section)
-    written(tmp_path, "test", "en", ["a"])
+    for language in ("en", "es"):
+        written(tmp_path, "test", language, ["a"])
     assert qa.files_state(section) != before
     with pytest.raises(Exception, match=r"article 'a' .* is among the training articles and in the test split"):
+        qa.prepare(section)
+
+
+def test_translations_of_ones_own_have_the_same_ids(own: dict[str, Any], tmp_path: Path) -> None:
+    section = qa.DataSection(**own)
+    written(tmp_path, "test", "es", ["d", "e"])
+    written(tmp_path, "train", "en", ["a"])
+    note = qa.prepare(section).info["note"]
+    assert note == "1 questions of train are not in every language. 1 questions of test are not in every language."
+    written(tmp_path, "test", "es", ["e"])
+    with pytest.raises(DataError, match=r"test\.en\.json and test\.es\.json: expected questions with the same ids"):
+        qa.prepare(section)
+    (tmp_path / "test.es.json").unlink()
+    with pytest.raises(DataError, match=r"test split in the languages of data\.languages, found no test\.es\.json"):
         qa.prepare(section)
 
 

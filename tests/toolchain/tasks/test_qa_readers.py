@@ -208,7 +208,7 @@ def test_an_article_on_both_sides_is_an_error() -> None:
 def test_a_file_of_ones_own_is_looked_for_by_language(tmp_path: Path) -> None:
     written(tmp_path / "train.es.json", squad())
     assert list(qa_readers.own_files(tmp_path, "train", ("en", "es"))) == ["es"]
-    with pytest.raises(DataError, match=r"expected SQuAD-v1.1 files of the test split, found none of test\.en\.json"):
+    with pytest.raises(DataError, match=r"expected SQuAD-v1.1 files of the test split .* found no test\.en\.json"):
         qa_readers.own_files(tmp_path, "test", ("en", "es"))
 
 
