@@ -50,6 +50,17 @@ def test_the_demos_chain(tmp_path: Path) -> None:
     assert json.loads(reply.stdout)["reused"] == made
 
 
+def test_the_demo_learns(tmp_path: Path) -> None:
+    arguments = ["run", str(CONFIGS / "qa_demo.yaml"), "--out", str(tmp_path / "run"), "compile.backend=none"]
+    reply = edgestill(*arguments)
+    assert reply.returncode == 0, reply.stderr
+    rows = {row["name"]: row for row in json.loads((tmp_path / "run" / "bench" / "bench.json").read_text())["rows"]}
+    scores = {name: rows[name]["accuracy"]["gxlt_f1"] for name in ("onnx-teacher", "onnx", "onnx-int8-cpu")}
+    assert min(scores.values()) > 80, scores
+    stages = [json.loads(line) for line in (tmp_path / "run" / "teacher" / "train.jsonl").read_text().splitlines()]
+    assert next(line["val"]["gxlt_f1"] for line in stages if line.get("val")) < scores["onnx-teacher"] - 20
+
+
 def test_a_study_shares_the_first_stage_and_keeps_every_questions_score(tmp_path: Path) -> None:
     study = (CONFIGS / "studies" / "qa_xquad_cpu.yaml").read_text()
     study = study.replace("../qa_xquad.yaml", str(CONFIGS / "qa_demo.yaml"))

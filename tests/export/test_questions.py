@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -232,3 +233,33 @@ def test_dynamic_int8_answers_the_same_whatever_is_asked_beside_it(made: Path) -
     asked = [part[:6] for part in texts(split(made))]
     with load_qa(made / "onnx-int8-cpu") as model:
         assert model.answer_all(*asked) == [model.answer(q, c) for q, c in zip(*asked, strict=True)]
+
+
+def test_an_engine_is_asked_within_its_profile(made: Path) -> None:
+    from dataclasses import replace
+
+    from benchmarks.questions import texts
+    from toolchain.qa_runtime import QaRuntime, load_qa
+
+    asked = [part[:12] for part in texts(split(made))]
+    shapes: list[tuple[int, ...]] = []
+
+    class Profiled:
+        """An engine of at most 2 windows of 40 to 48 tokens."""
+
+        def __init__(self, model: Any) -> None:
+            self.model, self.inputs = model, model.inputs
+            profile = {"input_ids": {"min": [1, 40], "opt": [1, 40], "max": [2, 48]}}
+            self.manifest = replace(model.manifest, extra=model.manifest.extra | {"profile": profile})
+
+        def __call__(self, feeds: Any) -> Any:
+            shapes.append(feeds["input_ids"].shape)
+            return self.model(feeds)
+
+    with load_qa(made / "onnx") as plain:
+        settings = json.loads((made / "onnx" / "qa.json").read_text())
+        limited = QaRuntime(Profiled(plain.model), plain.tokenizer, settings, batch=8)  # type: ignore[arg-type]
+        expected, found = plain.answer_all(*asked), limited.answer_all(*asked)
+    assert [one.text for one in found] == [one.text for one in expected]
+    assert max(batch for batch, _ in shapes) == 2
+    assert all(40 <= width <= 48 for _, width in shapes)

@@ -117,6 +117,15 @@ def test_decoding_equals_a_naive_loop() -> None:
         assert score[row] == pytest.approx(value)
 
 
+@pytest.mark.parametrize(("rank", "found"), [(20, 59), (21, 0)])
+def test_only_the_20_best_starts_are_looked_at(rank: int, found: int) -> None:
+    role = np.full((1, 60), CENTRAL, np.uint8)
+    start, end = np.zeros((2, 1, 60), np.float32)
+    start[0, : rank - 1] = np.arange(rank - 1, 0, -1) + 10
+    start[0, 59], end[0, [0, 59]] = 10, (1, 1000)  # of the best end, which stands alone, the start is the rank-th best
+    assert best_spans(start, end, role, longest=1)[0].item() == found
+
+
 def test_windows_of_a_question_are_pooled_and_the_answer_is_cut_out_of_the_context() -> None:
     assert pooled(np.array([3, 1, 3, 1]), np.array([1.0, 5.0, 2.0, 5.0], np.float32)) == {1: 1, 3: 2}
     assert answer_of("  a  red dog.", np.array([[0, 3], [3, 8], [8, 12]]), 1, 2) == ("red dog", 5, 12)

@@ -171,10 +171,12 @@ DROPOUT = {"options": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention
 DROPOUT |= {"dropout": 0.1}
 
 
-def test_kept_logits_give_the_same_loss_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_kept_logits_give_the_same_loss_to_the_bit(precision: str, tmp_path: Path) -> None:
     found = []
     for cache in (True, False):
-        this = run(tmp_path / str(cache), method=SOFT | {"cache": cache}, student=DROPOUT)
+        train = {"precision": precision, "epochs": 2, "batch_size": 8}
+        this = run(tmp_path / str(cache), method=SOFT | {"cache": cache}, student=DROPOUT, train=train)
         model = distill(this.cfg, this)
         found.append((history(this), weights(model)))
     assert found[0][0] == found[1][0]

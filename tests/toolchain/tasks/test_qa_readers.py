@@ -174,6 +174,15 @@ def test_every_real_file_has_right_offsets(data_root: Path) -> None:
     assert len(qa_readers.tydiqa("en", "train", root)) == 3696
 
 
+def test_squad_dev_is_read_outside_the_paragraphs_of_xquad(tmp_path: Path) -> None:
+    value = squad({"id": "1"}, {"id": "2"})
+    other = squad({"id": "3"})["data"][0]["paragraphs"][0]
+    value["data"][0]["paragraphs"].append(other | {"context": f"{other['context']} Y."})
+    written(tmp_path / "squad" / "dev-v1.1.json", value)
+    written(tmp_path / "xquad" / "xquad.en.json", squad({"id": "2"}))
+    assert [question.id for question in qa_readers.squad_dev(tmp_path)] == ["3"]
+
+
 def test_mlqa_is_read_by_both_languages(tmp_path: Path) -> None:
     written(tmp_path / "mlqa" / "test" / "test-context-es-question-de.json", squad())
     (question,) = qa_readers.mlqa("de", "es", "test", tmp_path)
@@ -246,6 +255,7 @@ def archive(member: str) -> bytes:
     ("dataset", "name", "content", "read"),
     [
         ("xquad", "xquad.es.json", json.dumps(squad()).encode(), partial(qa_readers.xquad, "es")),
+        ("squad", "train-v1.1.json", json.dumps(squad()).encode(), qa_readers.squad_train),
         (
             "tydiqa_goldp",
             "tydiqa-goldp-v1.1-dev.json",
