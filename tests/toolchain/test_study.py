@@ -29,6 +29,14 @@ common: {{train.epochs: 2}}
 """
 
 
+@pytest.mark.parametrize("study_path", sorted((DIGITS.parent / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_loads(study_path: Path) -> None:
+    section, planned = study.rows(study_path)
+    keys = [(row.dataset, row.method, row.seed) for row in planned]
+    assert len(set(keys)) == len(keys) > 0
+    assert {row.seed for row in planned} == set(section.seeds)
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     (tmp_path / "tiny.yaml").write_text(STUDY)

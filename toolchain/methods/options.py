@@ -185,6 +185,11 @@ class PPT(Section):
             raise ValueError("warmup without destination: set warmup.epochs to 0 too, or give destination.epochs")
         if self.features and not self.step.epochs:
             raise ValueError("features > 0 distils from task I, which step.epochs 0 leaves out; set features to 0")
+        if self.destination_features and not self.destination_lr:
+            raise ValueError(
+                "destination_features > 0 teaches the destination predictor, which destination_lr 0 freezes; set one "
+                "of them otherwise"
+            )
         if self.destination_features and not self.destination.epochs:
             raise ValueError(
                 "destination_features > 0 distils from task II, which destination.epochs 0 leaves out; "

@@ -24,7 +24,7 @@ MEANT_FOR: dict[str, tuple[str, ...]] = {
     "download": ("eth_ucy",),
     "path": ("files", "eth_ucy", "sdd"),
     "columns": ("files",),
-    "metres_per_unit": ("files",),
+    "metres_per_unit": ("files", "sdd"),
     "val_fraction": ("files", "simulator", "sdd"),
     "test_fraction": ("files", "simulator"),
     "seed": ("simulator", "sdd"),
@@ -34,12 +34,14 @@ MEANT_FOR: dict[str, tuple[str, ...]] = {
 FIXED: dict[str, dict[str, Any]] = {
     "simulator": {"unit": "m", "frame_step": 10, "seconds_per_step": 0.4},
     "eth_ucy": {"unit": "m", "frame_step": 10, "seconds_per_step": 0.4},
-    "sdd": {"unit": "px", "seconds_per_step": 0.4},
+    "sdd": {"seconds_per_step": 0.4},
 }
 INTERPOLATED = (
     "the ETH recording biwi_eth is a 10-frame interpolation of 6-frame annotations, as in the literature: people move "
     "about twice as far a step as in every other scene, and results on the 6-frame file do not compare"
 )
+
+NAMED = 3  # recordings that are told by name
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -103,6 +105,8 @@ class DataSection(Section):
             raise ValueError("source eth_ucy needs scene, the one held out: eth, hotel, univ, zara1 or zara2")
         if self.source == "files" and not self.path:
             raise ValueError("source files needs path: your track file, or the folder of them")
+        if self.source == "sdd" and self.unit == "m" and self.metres_per_unit == 1:
+            raise ValueError("source sdd is in pixels: unit m needs metres_per_unit, how many metres a pixel is")
         if self.unit == "px" and self.metres_per_unit != 1:
             raise ValueError("metres_per_unit makes metres, but unit is px; set unit: m, or remove metres_per_unit")
         if len(set(self.columns)) < len(self.columns):
@@ -123,6 +127,8 @@ def prepare(section: DataSection) -> Data:
     counts, splits = {}, {}
     for name in PARTS:
         splits[name], counts[name] = _cut(section, name, parts[name])
+    if section.source in ("files", "sdd") and (lost := _lost(section, parts)):
+        note = "; ".join([*filter(None, [note]), *lost])
     if section.train_samples is not None:
         train = splits["train"]
         if section.train_samples > len(train):
@@ -169,6 +175,22 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
     }
     meta = {"unit": section.unit, "seconds_per_step": section.seconds_per_step}
     return Split(arrays, ("observed",), {"scenes": [r.name for r in recordings], **meta}), counts
+
+
+def _lost(section: DataSection, parts: Recordings) -> list[str]:
+    """Of whom a person's own recordings have no window, in words."""
+    length, found = section.observe + section.predict, []
+    for part in PARTS:
+        for recording in parts[part]:
+            used = recording.agent[window_rows(recording, length, section.stride, section.least_agents)]
+            if len(lost := np.setdiff1d(recording.agent, used)):
+                frames = recording.frame[recording.agent == lost[0]]
+                found.append(
+                    f"{part}, {recording.name}: no window of {length} steps without a gap for {len(lost)} of "
+                    f"{len(np.unique(recording.agent))} people (id {lost[0]}, frames {frames[0]} to {frames[-1]}, is "
+                    "the first)"
+                )
+    return found[:NAMED] + ([f"{len(found) - NAMED} more recordings with such people"] if len(found) > NAMED else [])
 
 
 def files_state(section: DataSection) -> str | None:

@@ -30,6 +30,14 @@ EVERY, LAST = slice(None), slice(-1, None)
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
+def in_float32(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer`` of ``x`` in float32 under autocast too: eight bits of a coordinate in bf16 are centimetres."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return layer(x)  # type: ignore[no-any-return]
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x.float())  # type: ignore[no-any-return]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over (B, T, d), for the tokens ``keep`` alone; ``causal`` hides later tokens."""
 
@@ -142,12 +150,12 @@ class Step(nn.Module):
 
     def features(self, track: Tensor) -> Tensor:
         """(B, t, 2), t < T -> (B, t, d)."""
-        tokens = self.inp(track / self.shape.unit)
+        tokens = in_float32(self.inp, track / self.shape.unit)
         return self.encoder(tokens, range(1, track.shape[1] + 1), causal=True)  # type: ignore[no-any-return]
 
     def forward(self, track: Tensor) -> Tensor:
         """(B, t, 2) -> (B, t, 2): the position after each."""
-        return self.head(self.features(track)) * self.shape.unit  # type: ignore[no-any-return]
+        return in_float32(self.head, self.features(track)) * self.shape.unit
 
 
 class Destination(nn.Module):
@@ -169,12 +177,12 @@ class Destination(nn.Module):
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d): the prompt's feature."""
         prompt = self.pin(self.prompt).expand(observed.shape[0], 1, -1)
-        tokens = torch.cat([self.inp(observed / self.shape.unit), prompt], 1)
+        tokens = torch.cat([in_float32(self.inp, observed / self.shape.unit), prompt], 1)
         return self.encoder(tokens, self.positions, causal=True, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
     def candidates(self, feature: Tensor) -> Tensor:
         """(B, d) -> (B, K, 2)."""
-        return self.head(feature).view(feature.shape[0], -1, 2) * self.shape.unit  # type: ignore[no-any-return]
+        return in_float32(self.head, feature).view(feature.shape[0], -1, 2) * self.shape.unit
 
     def forward(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, K, 2)."""
@@ -212,11 +220,11 @@ class PPT(nn.Module):
         shape = self.shape
         prompts = self.pin(self.prompts).expand(observed.shape[0], -1, -1)
         places = torch.cat([observed, destination[:, None]], 1) / shape.unit
-        tokens = self.inp(places)
+        tokens = in_float32(self.inp, places)
         tokens = torch.cat([tokens[:, :-1], prompts, tokens[:, -1:]], 1)
         features = self.encoder(tokens, range(1, shape.steps + 1), causal=False, keep=slice(shape.observe - 1, -1))
-        first, middle = self.first(features[:, :1]), self.middle(features[:, 1:-1])
-        last = self.last(features[:, -1:])
+        first, middle = in_float32(self.first, features[:, :1]), in_float32(self.middle, features[:, 1:-1])
+        last = in_float32(self.last, features[:, -1:])
         path = torch.cat([first, middle, last], 1) * shape.unit
         end = torch.cat([torch.zeros_like(path[:, :-1]), destination[:, None]], 1)
         return path + end, features
@@ -250,13 +258,13 @@ class OneShot(nn.Module):
 
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d)."""
-        tokens = self.inp(observed / self.shape.unit)
+        tokens = in_float32(self.inp, observed / self.shape.unit)
         positions = range(1, self.shape.observe + 1)
         return self.encoder(tokens, positions, causal=False, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
     def decode(self, feature: Tensor) -> tuple[Tensor, Tensor]:
         """(B, d) -> paths (B, K, T_p, 2), logits (B, K)."""
-        out = self.head(feature)
+        out = in_float32(self.head, feature)
         count = self.shape.hypotheses
         paths = out[:, count:].view(feature.shape[0], count, self.shape.predict, 2)
         return paths * self.shape.unit, out[:, :count]

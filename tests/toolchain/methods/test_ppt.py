@@ -219,7 +219,7 @@ def test_teachers_are_in_eval_mode_without_gradient_and_keep_their_bits():
 
 @pytest.mark.parametrize("rate", [0.0, 1e-7])
 def test_every_parameter_that_learns_is_in_one_group_with_its_rate(rate):
-    made, _ = complete(destination_lr=rate)
+    made, _ = complete(destination_lr=rate, destination_features=0.5 if rate else 0)
     groups = {group["lr"]: group["params"] for group in made.param_groups(1.5e-3)}
     found = [id(p) for group in groups.values() for p in group]
     learning = [id(p) for p in made.parameters() if p.requires_grad]
@@ -228,12 +228,12 @@ def test_every_parameter_that_learns_is_in_one_group_with_its_rate(rate):
     assert {id(p) for p in groups.get(rate, ())} == (slow if rate else set())
     fast = {id(p) for p in groups[1.5e-3]}
     own = [p for name, p in made.student.named_parameters() if not name.startswith("destination.")]
-    adapters = [*made.adapt_features.parameters(), *made.adapt_destination.parameters()]
+    adapters = [p for one in (made.adapt_features, made.adapt_destination) if one is not None for p in one.parameters()]
     assert fast == {id(p) for p in (*own, *adapters)}
 
 
 def test_a_frozen_destination_predictor_has_no_dropout_and_no_gradient():
-    cfg = config(METHOD | {"destination_lr": 0}, student={"dropout": 0.5})
+    cfg = config(METHOD | {"destination_lr": 0, "destination_features": 0}, student={"dropout": 0.5})
     net = ppt(dropout=0.5)
     made = method.Complete(net, cfg.method, Step(net.shape), Destination(Step(net.shape))).train()
     out = made({"track": tracks(6).float()})
@@ -265,7 +265,7 @@ STAGES = ["I-next-position", "IIa-warmup", "IIb-destination", "III-complete"]
 
 
 def test_stages_run_in_order_and_each_starts_from_the_one_before(tmp_path):
-    run, net = distil(tmp_path, destination_lr=0)
+    run, net = distil(tmp_path, destination_lr=0, destination_features=0)
     assert [record["name"] for record in run.records] == STAGES
     assert [record["epochs"] for record in run.records] == [1, 1, 2, 2]
     assert [record["steps"] for record in run.records] == [3, 3, 6, 6]
@@ -364,6 +364,7 @@ def test_a_task_without_epochs_is_left_out(tmp_path, keys, stages):
             {"warmup": {"epochs": 0, "lr": 1}, "destination": {"epochs": 0, "lr": 1}},
             "set destination_features to 0",
         ),
+        ({"destination_lr": 0}, "destination_lr 0 freezes"),
     ],
 )
 def test_combinations_that_make_no_sense_are_refused(keys, message):

@@ -57,7 +57,7 @@ def sizes(data: Data) -> dict[str, int]:
         ),
         ({"source": "files"}, "source files needs path: your track file"),
         ({"source": "sdd", "download": True}, "download has no meaning with source sdd, only eth_ucy; remove it"),
-        ({"source": "sdd", "unit": "m"}, "source sdd has unit px, found m; remove unit"),
+        ({"source": "sdd", "unit": "m"}, "source sdd is in pixels: unit m needs metres_per_unit"),
         ({"source": "simulator", "frame_step": 5}, "source simulator has frame_step 10, found 5; remove frame_step"),
         ({"source": "files", "path": "p", "recordings": 3}, "recordings has no meaning with source files"),
         ({"source": "simulator", "path": "p"}, "path has no meaning with source simulator"),
@@ -249,6 +249,22 @@ def test_sdd_draws_val_by_track(tmp_path: Path) -> None:
     assert any(not np.array_equal(other, data.splits["val"].arrays["observed"]) for other in others)
     walk(root / "val" / "hyang_0.txt", agents=3, steps=20, step=12)
     assert sizes(prepare(section)) == {"train": 20, "val": 3, "test": 5}
+    metres = prepare(DataSection(source="sdd", path=str(tmp_path), unit="m", metres_per_unit=0.25))
+    np.testing.assert_allclose(metres.splits["test"].arrays["observed"] * 4, data.splits["test"].arrays["observed"])
+
+
+def test_people_without_a_window_are_told(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        walk(tmp_path / part / "a.txt", agents=2, steps=9)
+    assert own(tmp_path).info["note"] is None
+    lines = (tmp_path / "train" / "a.txt").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("20 2 ", "60 2 "))]  # frames 0, 10, 30 to 50, 70, 80
+    (tmp_path / "train" / "a.txt").write_text("\n".join(kept))
+    data = own(tmp_path)
+    assert data.info["note"] == (
+        "train, a: no window of 5 steps without a gap for 1 of 2 people (id 2, frames 0 to 80, is the first)"
+    )
+    assert sizes(data)["train"] == 5
 
 
 def test_sdd_absent_says_what_and_where(tmp_path: Path) -> None:

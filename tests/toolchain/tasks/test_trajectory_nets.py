@@ -324,3 +324,21 @@ def test_deployed_from_the_world_to_the_world(model: str, unit: str, scale: floa
         assert tuple(value.shape) == (3, *port.shape[1:])
         assert value.numpy().dtype == np.dtype(port.dtype)
     assert ready.dynamic == {"observed": {0: "batch"}}
+
+
+@pytest.mark.parametrize("name", ["step", "destination", "ppt", "one_shot"])
+def test_coordinates_are_not_rounded_under_autocast(name: str) -> None:
+    """Eight bits of 100 units are half a unit: positions enter and leave in float32."""
+    step = Step(shape())
+    made = {"step": step, "destination": Destination(step), "ppt": ppt(), "one_shot": OneShot(shape())}[name].float()
+    track = torch.randn(64, 8, 2).cumsum(1) * 20
+    rounded: list[Tensor] = []
+    for module in made.modules():
+        if isinstance(module, nn.Linear) and module.in_features == 2:
+            module.register_forward_hook(lambda _, given, out: rounded.append(given[0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made(track)
+    paths = found if isinstance(found, Tensor) else found[0]
+    assert paths.dtype == torch.float32
+    assert not torch.equal(paths, paths.bfloat16().float())
+    assert all(given.dtype == torch.float32 for given in rounded)
