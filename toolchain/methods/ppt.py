@@ -17,7 +17,9 @@ Deliberate deviations, each a key of the config:
   weights suit) and are divided by ``student.unit`` inside the networks; with raw pixels task I barely trains.
 - One pass over the windows, each in one of the five augmented versions, counts as an epoch; the official code counts
   five.
-- Any schedule of the section ``train``; the official code has a constant learning rate.
+- Sizes and schedule are those of the sections ``student`` and ``train``, whose defaults are not the published ones:
+  Adam without weight decay at a constant learning rate, width 128, depth 3, dropout .1, GELU. They are in
+  ``configs/studies/ppt_eth_ucy.yaml``, but for its one-cycle schedule.
 - Epochs are selected on the validation split, or not at all (``train.select``); the official code selects every stage
   on the test split. ``test_selected`` reports what that habit would have reported of task III.
 - ``winners`` above 1: in IIb the nearest of several candidates learn, their number falling geometrically to 1 over

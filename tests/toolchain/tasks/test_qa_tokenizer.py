@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from toolchain.tasks.qa_readers import qa_root, xquad
+from toolchain.tasks.qa_readers import article_split, qa_root, xquad
 from toolchain.tasks.qa_templates import articles
 from toolchain.tasks.qa_tokenizer import (
     TokenizerError,
@@ -146,3 +146,20 @@ def test_pruning_the_real_vocabulary(data_root: Path) -> None:
     assert len(kept) < 0.5 * whole.get_vocab_size()
     after = parse(prune(text, kept)).encode_batch(mine)
     assert [found.tokens for found in after] == [found.tokens for found in before]
+
+
+def test_texts_of_other_articles_keep_their_real_pieces(data_root: Path) -> None:
+    if not (data_root.parent / "models" / E5).is_dir() or not (qa_root(None) / "xquad").is_dir():
+        pytest.skip(f"no {E5} beside the data folder, or no xquad in it")
+    text = read_tokenizer(E5)
+    whole = parse(text)
+    questions = [q for language in ("en", "es", "zh") for q in xquad(language, qa_root(None))]
+    train, _, test = article_split(q.title for q in questions)
+    known, others = (sorted({q.context for q in questions if q.title in part}) for part in (train, test))
+    used, longer = [np.array(whole.encode(one).ids) for one in known], []
+    before = [whole.encode(one).tokens for one in others]
+    for extra in (0, 12_000, 24_000):
+        small = parse(prune(text, used_pieces(text, used, extra)))
+        after = [small.encode(one).tokens for one in others]
+        longer.append(sum(map(len, after)) / sum(map(len, before)) - 1)
+    assert 0 <= longer[2] < 0.001 < longer[1] < 0.08 < longer[0] < 0.16, longer  # other articles have other words
