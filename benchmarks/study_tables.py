@@ -102,7 +102,7 @@ def study_table(rows: Sequence[Mapping[str, Any]], against: str | None = None, s
     trajectories see ``trajectory_tables``; questions have a column per average.
     """
     if split != TEST:
-        rows = [row | {"metrics": on_validation(row["metrics"])} for row in map(dict, rows)]
+        rows = [{**row, "metrics": on_validation(row["metrics"])} for row in rows]
         rows = [row for row in rows if row["metrics"]]
     if not rows:
         return "No results yet.\n"
@@ -128,7 +128,8 @@ def study_table(rows: Sequence[Mapping[str, Any]], against: str | None = None, s
             parameters = {row.get("parameters") for row in methods[method].values()}
             size = " or ".join(count(value) for value in sorted(parameters, key=str))
             others = [mean_sd([float(row["metrics"][name]) for row in methods[method].values()]) for name in more]
-            body.append([dataset, method, size, metric, mean_sd(list(mine.values())), change, *others, str(len(mine))])
+            named = metric if split == TEST else f"{metric}, {split}"
+            body.append([dataset, method, size, named, mean_sd(list(mine.values())), change, *others, str(len(mine))])
     change = f"difference to {base} ± sd [95 %]"
     title = ["dataset", "method", "params", "metric", "mean ± sd", change, *more.values(), "seeds"]
     return f"{markdown(title, body, right=[title[2], *title[4:]])}\n{_made_on(groups)}"

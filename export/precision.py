@@ -130,15 +130,25 @@ def half_with_islands(model: Any, gate: Gate) -> tuple[Any, Report, list[str]]:
     return candidate, report, found
 
 
-def dynamic(model: Any, gate: Gate, samples: Split) -> tuple[Dynamic, list[str]]:
-    """What makes dynamic int8 graphs, and the products that it smooths on ``samples``: none where it needs not."""
+def dynamic_with_islands(model: Any, gate: Gate, samples: Split) -> tuple[Any, Report, list[str], list[str]]:
+    """The dynamic int8 graph, its report, the nodes kept float, and the products whose inputs are smoothed.
+
+    When the gate fails, inputs are smoothed on ``samples``, which stays where it lowers the outputs' shift; then see
+    ``int8_with_islands``.
+    """
     make = Dynamic(model)
-    report = gate(make())
+    candidate = make()
+    report = gate(candidate)
     if report.passed:
-        return make, []
+        return candidate, report, [], []
     console.print(f"    int8 fails its gate ({'; '.join(report.reasons)}); smoothing", markup=False)
     smooth, names = smoothed(make.source, samples.select(evenly(len(samples), SMOOTHING_SAMPLES)))
-    return Dynamic(smooth), names
+    other = Dynamic(smooth)
+    if names and gate.shift(other()) < gate.shift(candidate):
+        make = other
+    else:
+        names = []
+    return *int8_with_islands(make, gate), names
 
 
 def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str]]:
@@ -191,17 +201,17 @@ def converted(
     kept: Sequence[str] = (),
     smooth: Sequence[str] = (),
 ) -> str:
-    """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples; how many
-    were made ``smooth`` and which ``kept`` in float for the gate."""
+    """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples; of how many
+    the inputs are ``smooth``, and which were ``kept`` in float, both for the gate."""
     text = f"{compute - len(stayed)} of {compute} compute nodes converted"
     if calibration and calibration["samples"]:
         text += f", calibrated on {calibration['samples']} training samples ({calibration['method']})"
     elif calibration:
         text += ", activations scaled in every call, without calibration"
+    if inputs := set(smooth) - set(kept):
+        text += f", the inputs of {len(inputs)} products smoothed for the gate"
     if stayed:
         text += f"; in {rest}: {_named(stayed)}"
-    if smooth:
-        text += f"; what {len(smooth)} of them read is smoothed to pass the gate"
     if kept:
         text += f"; kept in {rest} to pass the gate: {_named(kept)}"
     return text
@@ -235,8 +245,7 @@ def run(job: Job) -> None:
     if precision == "fp16":
         made, report, extra["fp32_islands"] = half_with_islands(model, gate)
     elif precision == "int8-cpu" and settings["dynamic_int8"]:
-        graphs, extra["smoothed"] = dynamic(model, gate, train)
-        made, report, extra["float_islands"] = int8_with_islands(graphs, gate)
+        made, report, extra["float_islands"], extra["smoothed"] = dynamic_with_islands(model, gate, train)
         extra["calibration"] = {"samples": 0, "method": "dynamic"}
     elif precision in ("int8-cpu", "int8-trt"):
         calibration = settings["calibration"]

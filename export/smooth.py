@@ -13,7 +13,8 @@ same tensor, so that the normalisation before cannot take it over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,65 +30,84 @@ LEAST = 1e-5  # of the largest channel: dead ones get the scale of this
 
 
 def smoothed(model: Any, samples: Split) -> tuple[Any, list[str]]:
-    """A copy of a float graph that computes the same, and the matrix products whose inputs it smooths.
+    """A copy of a float graph that computes the same, and the MatMuls whose inputs it smooths.
 
-    ``samples`` are fed one at a time, as a dynamic graph's ranges are those of one call.
+    ``samples`` are fed one at a time, as a dynamic graph's ranges are those of one call. A weight that anything else
+    reads is left as it is; so is a Gemm's.
     """
-    import onnx
     from onnx import helper, numpy_helper
 
     made = type(model).FromString(model.SerializeToString())
-    weights = {
-        tensor.name: numpy_helper.to_array(tensor)
-        for tensor in made.graph.initializer
-        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 2
-    }
-    readers: dict[str, list[Any]] = {}
-    for node in made.graph.node:
-        if node.op_type == "MatMul" and node.input[1] in weights:
-            readers.setdefault(node.input[0], []).append(node)
+    readers = _readers(made)
+    tensors = {tensor.name: tensor for tensor in made.graph.initializer}
+    weights = {node.input[1]: numpy_helper.to_array(tensors[node.input[1]]) for n in readers.values() for node in n}
     names: list[str] = []
-    for name, found in _values(model, list(readers), samples):
+    for name, found in _values(model, list(readers), samples).items():
         nodes = readers[name]
-        scale = _scale(found, [weights[node.input[1]] for node in nodes])
+        own = list(dict.fromkeys(node.input[1] for node in nodes))
+        scale = _scale(found, [weights[weight] for weight in own])
         if scale is None:
             continue
         divided, inverse = f"{name}/smooth", f"{name}/smooth scale"
         made.graph.initializer.append(numpy_helper.from_array(1 / scale, inverse))
         place = min(list(made.graph.node).index(node) for node in nodes)
         made.graph.node.insert(place, helper.make_node("Mul", [name, inverse], [divided], divided))
+        for weight in own:
+            tensors[weight].CopyFrom(numpy_helper.from_array(weights[weight] * scale[:, None], weight))
         for node in nodes:
-            own = f"{node.name}/smooth weight"
-            made.graph.initializer.append(numpy_helper.from_array(weights[node.input[1]] * scale[:, None], own))
-            node.input[0], node.input[1] = divided, own
+            node.input[0] = divided
             names.append(node.name)
-    used = {name for node in made.graph.node for name in node.input}
-    kept = [tensor for tensor in made.graph.initializer if tensor.name in used]
-    made.graph.ClearField("initializer")
-    made.graph.initializer.extend(kept)
     return made, names
 
 
-def _values(model: Any, names: Sequence[str], samples: Split) -> Iterator[tuple[str, list[Floats]]]:
+def _readers(model: Any) -> dict[str, list[Any]]:
+    """By their input: the MatMuls by a constant float matrix that nothing but they read."""
+    import onnx
+
+    single = onnx.TensorProto.FLOAT
+    matrices = {t.name for t in model.graph.initializer if t.data_type == single and len(t.dims) == 2}
+    found: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in matrices:
+            found.setdefault(node.input[0], []).append(node)
+    uses = Counter(_names_read(model.graph))
+    mine = Counter((node.input[0], node.input[1]) for nodes in found.values() for node in nodes)
+    return {
+        name: kept
+        for name, nodes in found.items()
+        if (kept := [node for node in nodes if uses[node.input[1]] == mine[name, node.input[1]]])
+    }
+
+
+def _names_read(graph: Any) -> Iterator[str]:
+    """What nodes read, inside branches and loops too, and what the graph gives."""
+    yield from (port.name for port in graph.output)
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _names_read(inner)
+
+
+def _values(model: Any, names: Sequence[str], samples: Split) -> dict[str, list[Floats]]:
     """Each tensor's values, (tokens, channels) of every sample."""
     import onnxruntime
     from onnx import helper
 
     shown = type(model).FromString(model.SerializeToString())
-    ports = {port.name for port in (*shown.graph.output, *shown.graph.input)}
-    shown.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in ports)
+    inputs, outputs = ({port.name for port in side} for side in (shown.graph.input, shown.graph.output))
+    made = [name for name in names if name not in inputs]
+    shown.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in made if name not in outputs)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    made = [name for name in names if name not in {port.name for port in shown.graph.input}]
     found: dict[str, list[Floats]] = {name: [] for name in names}
     for row in range(len(samples)):
-        feeds: Mapping[str, Any] = samples.feed(slice(row, row + 1))
-        values = dict(zip(made, session.run(made, dict(feeds)), strict=True)) if made else {}
+        feeds: dict[str, Any] = dict(samples.feed(slice(row, row + 1)))
+        values = feeds | (dict(zip(made, session.run(made, feeds), strict=True)) if made else {})
         for name in names:
-            value = values[name] if name in values else feeds[name]
-            found[name].append(value.reshape(-1, value.shape[-1]))
-    yield from found.items()
+            found[name].append(values[name].reshape(-1, values[name].shape[-1]))
+    return found
 
 
 def _scale(found: Sequence[Floats], weights: Sequence[Floats]) -> Floats | None:
@@ -97,19 +117,22 @@ def _scale(found: Sequence[Floats], weights: Sequence[Floats]) -> Floats | None:
     if not x.any() or not w.any():
         return None
     x, w = (np.maximum(size, LEAST * size.max()) for size in (x, w))
+    exact = [[one @ weight for one in found] for weight in weights]
     scales = [(x**exponent / w ** (1 - exponent)).astype(np.float32) for exponent in EXPONENTS]
-    best = min(scales, key=lambda scale: _error(found, weights, scale))
-    return best if _error(found, weights, best) <= GAIN * _error(found, weights, np.ones_like(best)) else None
+    errors = [_error(found, weights, exact, scale) for scale in scales]
+    best = int(np.argmin(errors))
+    return scales[best] if errors[best] <= GAIN * _error(found, weights, exact, np.ones_like(scales[best])) else None
 
 
-def _error(found: Sequence[Floats], weights: Sequence[Floats], scale: Floats) -> float:
+def _error(
+    found: Sequence[Floats], weights: Sequence[Floats], exact: Sequence[Sequence[Floats]], scale: Floats
+) -> float:
     """Root of the mean squared error of the products in int8, in units of their standard deviations."""
     total = 0.0
-    for weight in weights:
+    for weight, products in zip(weights, exact, strict=True):
         rounded = _weight_in_int8(weight * scale[:, None])
-        for x in found:
-            exact = x @ weight
-            total += float(np.square(_in_int8(x / scale) @ rounded - exact).mean() / (exact.var() + 1e-12))
+        for x, product in zip(found, products, strict=True):
+            total += float(np.square(_in_int8(x / scale) @ rounded - product).mean() / (product.var() + 1e-12))
     return float(np.sqrt(total))
 
 

@@ -71,15 +71,17 @@ def hit_precision(
     not padding, whose logits are the least; default S.
     """
     size = logits.shape[1]
+    last = torch.full_like(label, size - 1)
+    if length is not None:
+        last = torch.minimum(last, length.reshape(-1, *[1] * (label.ndim - 1)) - 1)
+    low, high = (label - below).clamp(min=0), torch.minimum(label + above, last)
     order = logits.detach().float().sort(stable=True, dim=1, descending=True).indices[:, : min(k, size)]
-    hit = ((order >= label[:, None] - below) & (order <= label[:, None] + above)).float()
+    hit = ((order >= low[:, None]) & (order <= high[:, None])).float()
     rank = torch.arange(1, order.shape[1] + 1, device=logits.device, dtype=torch.float32)
     rank = rank.reshape(1, -1, *[1] * (label.ndim - 1))
     if not every_hit:
         return (hit / rank).amax(1)
-    last = torch.full_like(label, size - 1) if length is None else (length - 1).reshape(-1, *[1] * (label.ndim - 1))
-    right = torch.minimum(label + above, last) - (label - below).clamp(min=0) + 1
-    return (hit * hit.cumsum(1) / rank).sum(1) / right.clamp(max=k)
+    return (hit * hit.cumsum(1) / rank).sum(1) / (high - low + 1).clamp(max=k)
 
 
 def fitnet(projected: Tensor, teacher: Tensor) -> Tensor:

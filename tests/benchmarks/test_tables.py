@@ -68,7 +68,10 @@ def test_a_document_may_show_the_validation_split(tmp_path: Path) -> None:
     row = {"method": "tried", "dataset": "digits", "seed": 0, "device": "cpu"}
     write(tmp_path, extra=[row | {"metrics": {"accuracy": 80.0, "val_accuracy": 85.0}}])
     text = "<!-- results:digits on validation of digits -->\n<!-- /results -->"
-    assert tables.render(text, tmp_path, "a.md").splitlines()[4] == "| digits | tried | – | accuracy | 85.00 | – | 1 |"
+    assert (
+        tables.render(text, tmp_path, "a.md").splitlines()[4]
+        == "| digits | tried | – | accuracy, validation | 85.00 | – | 1 |"
+    )
 
 
 def test_a_seed_run_twice_counts_once_and_unpaired_seeds_do_not_pair(tmp_path: Path) -> None:

@@ -343,7 +343,7 @@ def test_the_stage_smooths_dynamic_int8_before_it_keeps_anything_float(tmp_path:
     assert extra["smoothed"] == ["wide"]
     assert extra["float_islands"] == []
     assert extra["float_nodes"] == []
-    assert extra["converted"].endswith("without calibration; what 1 of them read is smoothed to pass the gate")
+    assert extra["converted"].endswith("without calibration, the inputs of 1 products smoothed for the gate")
 
 
 def test_what_was_kept_float_for_the_gate_is_told() -> None:

@@ -21,18 +21,19 @@ def samples() -> Split:
 
 
 def encoder(large: float = LARGE) -> Any:
-    """x (n, s, 32) -> h, some channels of which are large, read by two products with one weight and by the residual."""
+    """x (n, s, 32) -> h, some channels of which are large, read by two products; h is given, too."""
     rng = np.random.default_rng(0)
     size = np.ones(32)
     size[[3, 17, 30]] = large
-    weights = {"w.in": rng.normal(size=(32, 32)) / 6, "size": size, "w": rng.normal(size=(32, 32)) / 6}
-    weights["w"][[3, 17, 30]] /= large
+    weights = {name: rng.normal(size=(32, 32)) / 6 for name in ("w.in", "w.q", "w.k")} | {"size": size}
+    for name in ("w.q", "w.k"):
+        weights[name][[3, 17, 30]] /= large
     weights["w.out"] = np.sign(rng.normal(size=(32, 4))) / 6
     nodes = [
         helper.make_node("MatMul", ["x", "w.in"], ["a"], "in"),
         helper.make_node("Mul", ["a", "size"], ["h"], "large"),
-        helper.make_node("MatMul", ["h", "w"], ["q"], "query"),
-        helper.make_node("MatMul", ["h", "w"], ["k"], "key"),
+        helper.make_node("MatMul", ["h", "w.q"], ["q"], "query"),
+        helper.make_node("MatMul", ["h", "w.k"], ["k"], "key"),
         helper.make_node("Add", ["q", "k"], ["b"], "add"),
         helper.make_node("Tanh", ["b"], ["c"], "tanh"),
         helper.make_node("MatMul", ["c", "w.out"], ["y"], "out"),
@@ -84,7 +85,42 @@ def test_dead_channels_and_products_of_zeros_stay_finite(samples: Split) -> None
     assert smoothed(model, silent)[1] == []
 
 
-def test_a_weight_that_nothing_reads_any_more_is_gone(samples: Split) -> None:
+def test_a_weight_is_stored_once(samples: Split) -> None:
     made, _ = smoothed(encoder(), samples)
-    used = {name for node in made.graph.node for name in node.input}
-    assert {tensor.name for tensor in made.graph.initializer} <= used
+    names = [tensor.name for tensor in encoder().graph.initializer]
+    assert [tensor.name for tensor in made.graph.initializer] == [*names, "h/smooth scale"]
+
+
+@pytest.mark.parametrize("reader", ["other input", "branch", "output"])
+def test_a_weight_that_something_else_reads_stays_as_it_is(reader: str, samples: Split) -> None:
+    model = encoder()
+    graph = model.graph
+    if reader == "other input":
+        graph.node.append(helper.make_node("MatMul", ["c", "w.q"], ["z"], "again"))
+        graph.output.append(helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, ["n", "s", 32]))
+    elif reader == "output":
+        graph.output.append(helper.make_tensor_value_info("w.q", onnx.TensorProto.FLOAT, [32, 32]))
+    else:
+        out = helper.make_tensor_value_info("z", onnx.TensorProto.FLOAT, [32, 32])
+        branch = helper.make_graph([helper.make_node("Identity", ["w.q"], ["z"])], "branch", [], [out])
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "yes"))
+        graph.node.append(helper.make_node("If", ["yes"], ["chosen"], "if", then_branch=branch, else_branch=branch))
+        graph.output.append(helper.make_tensor_value_info("chosen", onnx.TensorProto.FLOAT, [32, 32]))
+    made, names = smoothed(model, samples)
+    assert names == ["key"]
+    feeds = {"x": samples.arrays["x"]}
+    for name, value in session(model)(feeds).items():
+        np.testing.assert_allclose(session(made)(feeds)[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_of_the_graph_is_smoothed_too(samples: Split) -> None:
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(32, 4))
+    weight[5] /= 100
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"], "only")]
+    model = small_graph(nodes, {"x": ["n", "s", 32]}, {"y": ["n", "s", 4]}, {"w": weight})
+    x = samples.arrays["x"].copy()
+    x[..., 5] *= 100
+    made, names = smoothed(model, Split({"x": x}, ("x",)))
+    assert names == ["only"]
+    np.testing.assert_allclose(session(made)({"x": x})["y"], session(model)({"x": x})["y"], rtol=1e-3, atol=1e-3)

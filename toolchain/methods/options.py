@@ -187,8 +187,8 @@ class PPT(Section):
             raise ValueError("features > 0 distils from task I, which step.epochs 0 leaves out; set features to 0")
         if self.destination_features and not self.destination_lr:
             raise ValueError(
-                "destination_features > 0 teaches the destination predictor, which destination_lr 0 freezes; set one "
-                "of them otherwise"
+                "destination_features > 0 teaches the destination predictor, which destination_lr 0 freezes; set "
+                "destination_features to 0, or destination_lr above 0"
             )
         if self.destination_features and not self.destination.epochs:
             raise ValueError(

@@ -152,11 +152,19 @@ def _folder(section: DataSection) -> Sets:
         parts["test"][language] = qa_readers.read_squad(folder / f"test.{language}.json", language)
     first = folder / f"first.{section.pivot}.json"
     questions = qa_readers.read_squad(first, section.pivot) if first.is_file() else []
-    unlabelled, notes = qa_readers.own_unlabelled(folder, section.languages), []
-    if unlabelled and not section.unlabelled_questions:
+    unlabelled, notes = {}, []
+    if section.unlabelled_questions:
+        unlabelled = qa_readers.own_unlabelled(folder, section.languages)
+        for part in ("val", "test"):
+            check_leak(_every(unlabelled), _every(parts[part]), f"the {part} split", "the unlabelled questions")
+    elif qa_readers.own_places(folder, "unlabelled", section.languages):
         notes = ["The files unlabelled.*.json are not used: set data.unlabelled_questions to how many of them to use."]
     notes += [note for part, found in parts.items() if (note := _unaligned(part, found, section.languages))]
     return _sets(section, questions, parts["train"], parts["val"], parts["test"], notes, unlabelled)
+
+
+def _every(found: ByLanguage) -> list[Question]:
+    return [question for questions in found.values() for question in questions]
 
 
 def _unaligned(part: str, found: ByLanguage, languages: Sequence[str]) -> str | None:

@@ -237,13 +237,19 @@ def _unpacked(archive: Path, member: str) -> Path:
     try:
         with zipfile.ZipFile(archive) as file:
             content = file.read(member)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(target)
     except (zipfile.BadZipFile, KeyError, OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"{archive}: expected an archive with {member}, found {type(error).__name__}: {error}; remove it and get "
             "it again with data.download=true"
+        ) from error
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(target)
+    except OSError as error:
+        raise DataError(
+            f"{target}: cannot be written ({error.strerror or error}); unpack {archive.name} there, or choose another "
+            "data.path"
         ) from error
     return target
 
@@ -253,7 +259,7 @@ def own_files(folder: Path, part: str, languages: Sequence[str]) -> dict[str, li
 
     Raises DataError.
     """
-    paths = _own(folder, part, languages)
+    paths = own_places(folder, part, languages)
     missing = [f"{part}.{language}.json" for language in languages if language not in paths]
     if missing and (part != "train" or not paths):
         raise DataError(
@@ -265,11 +271,12 @@ def own_files(folder: Path, part: str, languages: Sequence[str]) -> dict[str, li
 
 def own_unlabelled(folder: Path, languages: Sequence[str]) -> dict[str, list[Question]]:
     """``unlabelled.<language>.json``, which may lack answers; there may be none. Raises DataError."""
-    paths = _own(folder, "unlabelled", languages)
+    paths = own_places(folder, "unlabelled", languages)
     return {language: read_squad(path, language, answered=False) for language, path in paths.items()}
 
 
-def _own(folder: Path, part: str, languages: Sequence[str]) -> dict[str, Path]:
+def own_places(folder: Path, part: str, languages: Sequence[str]) -> dict[str, Path]:
+    """The ``<part>.<language>.json`` that are there, by language."""
     paths = {language: folder / f"{part}.{language}.json" for language in languages}
     return {language: path for language, path in paths.items() if path.is_file()}
 

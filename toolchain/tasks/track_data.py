@@ -180,13 +180,16 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
 def _lost(section: DataSection, parts: Recordings) -> list[str]:
     """Of whom a person's own recordings have no window, in words."""
     length, found = section.observe + section.predict, []
+    why = f"{length} steps without a gap"
+    why += f" at stride {section.stride}" if section.stride > 1 else ""
+    why += " shared by 2 people" if section.least_agents > 1 else ""
     for part in PARTS:
         for recording in parts[part]:
             used = recording.agent[window_rows(recording, length, section.stride, section.least_agents)]
             if len(lost := np.setdiff1d(recording.agent, used)):
                 frames = recording.frame[recording.agent == lost[0]]
                 found.append(
-                    f"{part}, {recording.name}: no window of {length} steps without a gap for {len(lost)} of "
+                    f"{part}, {recording.name}: no window of {why} for {len(lost)} of "
                     f"{len(np.unique(recording.agent))} people (id {lost[0]}, frames {frames[0]} to {frames[-1]}, is "
                     "the first)"
                 )

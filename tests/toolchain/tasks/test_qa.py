@@ -142,9 +142,10 @@ def test_unlabelled_questions_may_be_files_without_answers(tmp_path: Path) -> No
     found = qa.prepare(qa.DataSection.model_validate(section | {"unlabelled_questions": 2}))
     assert found.info["questions"] == {"first": 0, "train ids": 3, "train": 3, "unlabelled": 2}
     assert (found.splits["unlabelled"].arrays["start"] == qa_data.UNLABELLED).all()
-    own_files(tmp_path, unlabelled=[4])
-    with pytest.raises(DataError, match=r"article 'a4' .* is among the training articles and in the test split"):
-        qa.prepare(qa.DataSection.model_validate(section | {"unlabelled_questions": 2}))
+    own_files(tmp_path, unlabelled=[5, 6, 7, 4])
+    with pytest.raises(DataError, match=r"article 'a4' .* is among the unlabelled questions and in the test split"):
+        qa.prepare(qa.DataSection.model_validate(section | {"unlabelled_questions": 1}))
+    assert qa.prepare(qa.DataSection.model_validate(section)).files["pieces.json"] == without.files["pieces.json"]
 
 
 def test_unlabelled_questions_of_a_folder_need_files_or_questions_that_are_left(tmp_path: Path) -> None:

@@ -290,3 +290,11 @@ def test_an_archive_that_is_none_is_told(content: bytes, tmp_path: Path) -> None
     ):
         qa_readers.mlqa("de", "es", "dev", tmp_path)
     assert [path.name for path in (tmp_path / "mlqa").rglob("*")] == ["MLQA_V1.zip"]
+
+
+def test_an_archive_in_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "mlqa").mkdir()
+    (tmp_path / "mlqa" / "MLQA_V1.zip").write_bytes(archive("MLQA_V1/test/test-context-es-question-de.json"))
+    (tmp_path / "mlqa" / "MLQA_V1").write_text("a file in the folder's place")
+    with pytest.raises(DataError, match=r"test-context-es-question-de\.json: cannot be written .* unpack MLQA_V1\.zip"):
+        qa_readers.mlqa("de", "es", "test", tmp_path)

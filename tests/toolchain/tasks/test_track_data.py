@@ -265,6 +265,7 @@ def test_people_without_a_window_are_told(tmp_path: Path) -> None:
         "train, a: no window of 5 steps without a gap for 1 of 2 people (id 2, frames 0 to 80, is the first)"
     )
     assert sizes(data)["train"] == 5
+    assert "without a gap at stride 2 for 1 of 2 people" in own(tmp_path, stride=2).info["note"]
 
 
 def test_sdd_absent_says_what_and_where(tmp_path: Path) -> None:
