@@ -212,8 +212,9 @@ def _answers_table(value: Mapping[str, Any]) -> str:
         slow = ms(p50) + (" ~" if row["latency"]["noisy"] else "")
         body.append([row["folder"], size(row["bytes"]), *scores, slow, times(slowest / p50)])
     note = (
-        f"Text to answer through `load_qa`, {value['questions']} questions; p50 of one at a time, "
-        f"{first['latency']['rounds']} interleaved rounds, {value['threads']} threads, {device(value['environment'])}."
+        f"Text to answer through `load_qa`, {value['questions']} questions; p50 of one at a time, in the languages "
+        f"trained on, {first['latency']['rounds']} interleaved rounds, {value['threads']} threads, "
+        f"{device(value['environment'])}."
     )
     if any(row["latency"]["noisy"] for row in value["answers"]):
         note += " ~ noisy: medians of the rounds lie more than 5 % apart."
