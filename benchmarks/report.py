@@ -19,6 +19,7 @@ from benchmarks import findings, plots
 from benchmarks.formats import count, markdown, ms, scored, share, size, times, titled
 from benchmarks.tables import (
     cells,
+    changed,
     device,
     first_batch,
     header,
@@ -27,6 +28,7 @@ from benchmarks.tables import (
     p50,
     reasons,
     reference,
+    steps_table,
     summary_markdown,
 )
 from toolchain import artifact
@@ -98,15 +100,16 @@ def steps(inputs: Mapping[str, Path], metric: Mapping[str, Any] | None) -> list[
     if metric is None or not {"teacher", "student"} <= set(inputs):
         return []
     teacher, student = (artifact.read(inputs[role]) for role in ("teacher", "student"))
-    made = student.extra.get("steps") or []
-    ends = [
+    made = student.extra.get("steps")
+    if not made:
+        return []
+    first, last = (
         {"what": what, "parameters": end.extra["parameters"], "val": end.metrics["val"]}
         for what, end in (("the teacher", teacher), ("distilled: the student", student))
-        if made
-    ]
+    )
     return [
         {"what": one["what"], "parameters": one["parameters"], "score": one["val"].get(metric["name"])}
-        for one in (*ends[:1], *made, *ends[1:])
+        for one in (first, *made, last)
     ]
 
 
@@ -248,22 +251,13 @@ def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
     found: dict[str, Table] = {}
     if metric is not None:
         if summary["steps"]:
-            found["steps"] = _steps_table(summary["steps"], metric)
+            found["steps"] = steps_table(summary["steps"], metric)
         found["accuracy"] = _accuracy_table(rows, metric)
     found["latency"] = _latency_table(rows)
     if any(row["paced"] for row in rows):
         found["paced"] = _paced_table(rows)
     found["resources"] = _resource_table(rows)
     return found
-
-
-def _steps_table(made: list[dict[str, Any]], metric: Mapping[str, Any]) -> Table:
-    title = ["step", "params", f"{titled(metric)}, validation", "change"]
-    before = [None, *(one["score"] for one in made)]
-    return title, [
-        [one["what"], count(one["parameters"]), scored(one["score"], metric), _change(one["score"], last, metric)]
-        for one, last in zip(made, before, strict=False)
-    ]
 
 
 def _accuracy_table(rows: list[dict[str, Any]], metric: Mapping[str, Any]) -> Table:
@@ -284,19 +278,15 @@ def _accuracy_table(rows: list[dict[str, Any]], metric: Mapping[str, Any]) -> Ta
                 row["name"],
                 scored(mine, metric),
                 before or "–",
-                _change(mine, headline(by_name[before], metric) if before else None, metric),
+                changed(mine, headline(by_name[before], metric) if before else None, metric),
                 share(agreement.get("previous")),
-                _change(mine, against, metric),
+                changed(mine, against, metric),
                 share(agreement.get("student")),
                 _differences(row["max_difference"]),
                 *(scored(row["accuracy"].get(name), metric) for name in others),
             ]
         )
     return title + others, body
-
-
-def _change(after: float | None, before: float | None, metric: Mapping[str, Any]) -> str:
-    return "–" if after is None or before is None else scored(after - before, metric, signed=True)
 
 
 def _differences(found: Mapping[str, float | None] | None) -> str:

@@ -156,6 +156,20 @@ def summary_markdown(value: Mapping[str, Any]) -> str:
     return markdown(header(value), cells(value), right=header(value)[1:])
 
 
+def changed(after: float | None, before: float | None, metric: Mapping[str, Any]) -> str:
+    return "–" if after is None or before is None else scored(after - before, metric, signed=True)
+
+
+def steps_table(made: Sequence[Mapping[str, Any]], metric: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """What became of a teacher on its way to the student, see ``benchmarks.report.steps``: title and rows."""
+    before = [None, *(one["score"] for one in made)]
+    body = [
+        [one["what"], count(one["parameters"]), scored(one["score"], metric), changed(one["score"], last, metric)]
+        for one, last in zip(made, before, strict=False)
+    ]
+    return ["step", "params", f"{titled(metric)}, validation", "change"], body
+
+
 # --- documents
 
 
@@ -183,9 +197,11 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
     if "comparisons" in value:
         return paired_table(value["comparisons"], value["against"])
     if "rows" in value:
-        return "\n".join(
-            [summary_markdown(value), " ".join(notes(value)), *(f"\n{why}." for why in reasons(value)), ""]
-        )
+        parts = [summary_markdown(value), " ".join(notes(value)), *(f"\n{why}." for why in reasons(value))]
+        if made := value.get("steps"):
+            title, body = steps_table(made, value["metric"])
+            parts.append(f"\n{markdown(title, body, right=title[1:])}".rstrip())
+        return "\n".join([*parts, ""])
     raise TableError(
         f"{what}: neither a summary nor of benchmarks.overhead, .distillation, .ppt, .questions or .paired"
     )

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.half import opset_of
-from export.precision import cpu_call
-from export.verify import ParityError, compare, evenly, predict
+from export.verify import ParityError, compare, cpu_call, evenly, predict
 from toolchain.artifact import EdgestillError, Port, create, verify, versions
 from toolchain.stage import Job, console, main
 from toolchain.tasks import Split, as_fed, load_data, load_task, save_npz

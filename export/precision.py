@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,8 @@ from export.half import (
 )
 from export.int8 import HALF_SCALES, Dynamic, Int8, Static
 from export.smooth import smoothed
-from export.verify import Arrays, Report, compare, evenly, predict
+from export.verify import Arrays, Report, compare, cpu_call, evenly, predict
 from toolchain import artifact, runtime
-from toolchain.onnx_runtime import CRASHES
 from toolchain.stage import Job, console, main, progress
 from toolchain.tasks import Split, as_fed, load_data, load_task
 
@@ -38,19 +37,6 @@ BATCH = 64
 NAMED = 6  # nodes that are told by name
 ISLAND_SAMPLES = 64
 SMOOTHING_SAMPLES = 8
-
-
-def cpu_call(model: bytes | str) -> Callable[[Arrays], dict[str, np.ndarray]]:
-    """A graph, or the path of one, on ONNX Runtime's CPU provider: feeds to outputs by name."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[CRASHES]
-    )
-    names = [output.name for output in session.get_outputs()]
-    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
 @dataclass

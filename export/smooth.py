@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from export.verify import cpu_call
 from toolchain.tasks import Split
 
 Floats = NDArray[np.float32]
@@ -91,20 +92,16 @@ def _names_read(graph: Any) -> Iterator[str]:
 
 def _values(model: Any, names: Sequence[str], samples: Split) -> dict[str, list[Floats]]:
     """Each tensor's values, (tokens, channels) of every sample."""
-    import onnxruntime
     from onnx import helper
 
     shown = type(model).FromString(model.SerializeToString())
-    inputs, outputs = ({port.name for port in side} for side in (shown.graph.input, shown.graph.output))
-    made = [name for name in names if name not in inputs]
-    shown.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in made if name not in outputs)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(shown.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    ports = {port.name for port in (*shown.graph.input, *shown.graph.output)}
+    shown.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in names if name not in ports)
+    call = cpu_call(shown.SerializeToString())
     found: dict[str, list[Floats]] = {name: [] for name in names}
     for row in range(len(samples)):
-        feeds: dict[str, Any] = dict(samples.feed(slice(row, row + 1)))
-        values = feeds | (dict(zip(made, session.run(made, feeds), strict=True)) if made else {})
+        feeds = samples.feed(slice(row, row + 1))
+        values = feeds | call(feeds)
         for name in names:
             found[name].append(values[name].reshape(-1, values[name].shape[-1]))
     return found
@@ -119,20 +116,22 @@ def _scale(found: Sequence[Floats], weights: Sequence[Floats]) -> Floats | None:
     x, w = (np.maximum(size, LEAST * size.max()) for size in (x, w))
     exact = [[one @ weight for one in found] for weight in weights]
     scales = [(x**exponent / w ** (1 - exponent)).astype(np.float32) for exponent in EXPONENTS]
-    errors = [_error(found, weights, exact, scale) for scale in scales]
+    before, *errors = (_error(found, weights, exact, scale) for scale in (np.ones_like(scales[0]), *scales))
     best = int(np.argmin(errors))
-    return scales[best] if errors[best] <= GAIN * _error(found, weights, exact, np.ones_like(scales[best])) else None
+    return scales[best] if errors[best] <= GAIN * before else None
 
 
 def _error(
     found: Sequence[Floats], weights: Sequence[Floats], exact: Sequence[Sequence[Floats]], scale: Floats
 ) -> float:
     """Root of the mean squared error of the products in int8, in units of their standard deviations."""
+    rounded = [_weight_in_int8(weight * scale[:, None]) for weight in weights]
     total = 0.0
-    for weight, products in zip(weights, exact, strict=True):
-        rounded = _weight_in_int8(weight * scale[:, None])
-        for x, product in zip(found, products, strict=True):
-            total += float(np.square(_in_int8(x / scale) @ rounded - product).mean() / (product.var() + 1e-12))
+    for number, x in enumerate(found):
+        x8 = _in_int8(x / scale)
+        for weight, products in zip(rounded, exact, strict=True):
+            product = products[number]
+            total += float(np.square(x8 @ weight - product).mean() / (product.var() + 1e-12))
     return float(np.sqrt(total))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from toolchain.artifact import EdgestillError
+from toolchain.onnx_runtime import CRASHES
 
 if TYPE_CHECKING:
     from toolchain.tasks import Split
@@ -56,6 +57,19 @@ class Report:
                 f"Loosen export.parity.limits.{what}.<key>, or leave {what} out of export.precisions"
             )
         return self
+
+
+def cpu_call(model: bytes | str) -> Callable[[Arrays], dict[str, np.ndarray]]:
+    """A graph, or the path of one, on ONNX Runtime's CPU provider: feeds to outputs by name."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[CRASHES]
+    )
+    names = [output.name for output in session.get_outputs()]
+    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
 def predict(call: Call, split: Split, batch: int) -> dict[str, np.ndarray]:

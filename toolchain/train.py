@@ -33,6 +33,7 @@ from toolchain.distiller import Distiller, fingerprint, frozen_parts
 from toolchain.doctor import SLOW, bf16_cost
 from toolchain.stage import Bar, console, progress
 from toolchain.tasks import Data, digits_of, load_task
+from toolchain.tasks.nets import count_parameters
 
 Score = Callable[[nn.Module], Mapping[str, float]]
 Moments = dict[str, float]
@@ -150,7 +151,7 @@ class Run:
     def step(self, what: str, module: nn.Module) -> None:
         """Score, for the report's ledger, what a method made of the teacher before it trains."""
         val = {name: float(value) for name, value in self.scorer()(module.to(self.device)).items()}
-        parameters = sum(parameter.numel() for parameter in module.parameters())
+        parameters = count_parameters(module)
         self.steps.append({"what": what, "parameters": parameters, "val": val})
         headline, value = next(iter(val.items()))
         self.say(f"{what}: {parameters:,} parameters, validation {headline} {value:.{digits_of(self.task)}f}")

@@ -130,7 +130,7 @@ def test_what_became_of_the_teacher_is_told_step_by_step(tmp_path: Path) -> None
             draft.metrics, draft.extra = {"val": {"accuracy": value}}, {"parameters": parameters} | extra
     inputs = {role: tmp_path / role for role in ("teacher", "student")}
     found = report.steps(inputs, METRIC)
-    title, body = report._steps_table(found, METRIC)
+    title, body = tables.steps_table(found, METRIC)
     assert title[2] == "accuracy (%), validation"
     assert body == [
         ["the teacher", "100", "90.00", "–"],

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from export.onnx import ExportError, call_torch, export, prove_batches, run
-from export.precision import cpu_call
-from export.verify import ParityError
+from export.verify import ParityError, cpu_call
 from toolchain import artifact
 from toolchain.artifact import ArtifactError, Port
 from toolchain.checkpoint import save_tensors

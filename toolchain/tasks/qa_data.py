@@ -268,8 +268,7 @@ def _sets(
             here[language] for here in parts[1].values() for language in section.unseen if language in here
         ]
         tested[UNSEEN] = [replace(q, id=f"{q.id}_{q.language}-{q.language}") for q in tested[UNSEEN]]
-    languages = (*own.values(), *(unlabelled or {}).values())
-    readable = [*first, *(question for questions in languages for question in questions)]
+    readable = [*first, *_every(own), *_every(unlabelled or {})]
     return Sets(
         _of(first, section.first_questions),
         {name: ids[name] for name in kept},

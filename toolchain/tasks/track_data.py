@@ -15,7 +15,7 @@ from toolchain.section import Section
 from toolchain.tasks import Arrays, Data, Split
 from toolchain.tasks.datasets import DataError, data_root
 from toolchain.tasks.simulator import simulate
-from toolchain.tasks.tracks import COLUMNS, Recording, longest_run, read_tracks, window_rows
+from toolchain.tasks.tracks import COLUMNS, Integers, Recording, longest_run, read_tracks, window_rows
 
 SUFFIXES = (".txt", ".csv", ".tsv")
 PARTS = ("train", "val", "test")
@@ -124,11 +124,13 @@ def prepare(section: DataSection) -> Data:
     """
     parts, note = READERS[section.source](section)
     info = {key: getattr(section, key) for key in ("source", "unit", "observe", "predict", "seconds_per_step")}
-    counts, splits = {}, {}
+    counts, splits, lost = {}, {}, list[str]()
     for name in PARTS:
-        splits[name], counts[name] = _cut(section, name, parts[name])
-    if section.source in ("files", "sdd") and (lost := _lost(section, parts)):
-        note = "; ".join([*filter(None, [note]), *lost])
+        splits[name], counts[name], without = _cut(section, name, parts[name])
+        lost += without
+    if section.source in ("files", "sdd"):
+        more = [f"{len(lost) - NAMED} more recordings with such people"] if len(lost) > NAMED else []
+        note = "; ".join([*filter(None, [note]), *lost[:NAMED], *more]) or None
     if section.train_samples is not None:
         train = splits["train"]
         if section.train_samples > len(train):
@@ -140,8 +142,8 @@ def prepare(section: DataSection) -> Data:
     return Data(splits, info | {"note": note, "counts": counts})
 
 
-def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tuple[Split, dict[str, int]]:
-    """The split's windows, and what gave how many."""
+def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tuple[Split, dict[str, int], list[str]]:
+    """The split's windows, what gave how many, and of whom a recording has none, in words."""
     length = section.observe + section.predict
     rows = [window_rows(r, length, section.stride, section.least_agents) for r in recordings]
     counts = {
@@ -174,26 +176,23 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
         "frame": np.concatenate([r.frame[index] for r, index in zip(recordings, first, strict=True)]),
     }
     meta = {"unit": section.unit, "seconds_per_step": section.seconds_per_step}
-    return Split(arrays, ("observed",), {"scenes": [r.name for r in recordings], **meta}), counts
+    lost = [why for r, index in zip(recordings, rows, strict=True) if (why := _lost(section, name, r, index))]
+    return Split(arrays, ("observed",), {"scenes": [r.name for r in recordings], **meta}), counts, lost
 
 
-def _lost(section: DataSection, parts: Recordings) -> list[str]:
-    """Of whom a person's own recordings have no window, in words."""
-    length, found = section.observe + section.predict, []
-    why = f"{length} steps without a gap"
+def _lost(section: DataSection, part: str, recording: Recording, index: Integers) -> str | None:
+    """Of whom ``recording`` has no window; ``index`` (windows, steps) are the rows of its windows."""
+    people = np.setdiff1d(recording.agent, recording.agent[index])
+    if not len(people):
+        return None
+    why = f"{section.observe + section.predict} steps without a gap"
     why += f" at stride {section.stride}" if section.stride > 1 else ""
     why += " shared by 2 people" if section.least_agents > 1 else ""
-    for part in PARTS:
-        for recording in parts[part]:
-            used = recording.agent[window_rows(recording, length, section.stride, section.least_agents)]
-            if len(lost := np.setdiff1d(recording.agent, used)):
-                frames = recording.frame[recording.agent == lost[0]]
-                found.append(
-                    f"{part}, {recording.name}: no window of {why} for {len(lost)} of "
-                    f"{len(np.unique(recording.agent))} people (id {lost[0]}, frames {frames[0]} to {frames[-1]}, is "
-                    "the first)"
-                )
-    return found[:NAMED] + ([f"{len(found) - NAMED} more recordings with such people"] if len(found) > NAMED else [])
+    frames = recording.frame[recording.agent == people[0]]
+    return (
+        f"{part}, {recording.name}: no window of {why} for {len(people)} of {len(np.unique(recording.agent))} people "
+        f"(id {people[0]}, frames {frames[0]} to {frames[-1]}, is the first)"
+    )
 
 
 def files_state(section: DataSection) -> str | None:
