@@ -6,11 +6,12 @@ G-XLT is the mean F1 over all (question language, context language) cells, the d
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from toolchain import qa_metrics
 from toolchain.artifact import digest
@@ -177,9 +178,16 @@ class Encoder(Section):
 
 
 class StudentSection(Encoder):
-    """``layers``: with method qa_student, how many of the teacher's layers to keep."""
+    """``layers``: with method qa_student, how many of the teacher's layers to keep; 6, or [6, 4] to distil at 6 first."""
 
-    layers: Positive | None = None
+    layers: Annotated[list[Positive], Field(min_length=1)] | Positive | None = None
+
+    @field_validator("layers")
+    @classmethod
+    def _falling(cls, value: list[int] | int | None) -> list[int] | int | None:
+        if isinstance(value, list) and any(less >= more for more, less in pairwise(value)):
+            raise ValueError(f"expected fewer layers in every step, such as [6, 4], found {value}")
+        return value
 
 
 class TeacherSection(Encoder):
