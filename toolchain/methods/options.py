@@ -259,7 +259,7 @@ class QaStudent(Section):
 
     ``ce``, ``kd`` and ``hidden`` weigh cross-entropy, softened logits, and the squared difference of layer-normalised
     hidden states. ``vocabulary``: ``used`` keeps the pieces of all texts of the training articles, and ``extra_pieces``
-    others.
+    others. ``epochs``: of each of several ``student.layers``, in place of ``train.epochs``.
     """
 
     name: Literal["qa_student"]
@@ -269,6 +269,7 @@ class QaStudent(Section):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     vocabulary: Literal["used", "full"] = "used"
     extra_pieces: Annotated[int, Field(ge=0)] = 0
+    epochs: list[Positive] | None = None
 
 
 OPTIONS: dict[str, type[Section]] = {

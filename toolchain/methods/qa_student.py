@@ -96,7 +96,8 @@ def distill(cfg: Config, run: Run) -> nn.Module:
             run.step(f"{count} of its {before} layers, not yet distilled", student)
         distiller = Smaller(student, teacher, kept_layers(total, count), o)
         name = f"student-{count}" if step else "student"
-        student = run.stage(name, distiller, batches, cfg.train, run.scorer())  # type: ignore[assignment]
+        recipe = cfg.train.model_copy(update={"epochs": o.epochs[step]} if o.epochs else {})
+        student = run.stage(name, distiller, batches, recipe, run.scorer())  # type: ignore[assignment]
         if count != counts[-1]:
             run.step(f"distilled with {count} layers", student)
     return student

@@ -178,7 +178,7 @@ class Encoder(Section):
 
 
 class StudentSection(Encoder):
-    """``layers``: with method qa_student, how many of the teacher's layers to keep; 6, or [6, 4] to distil at 6 first."""
+    """``layers``: with method qa_student, how many of the teacher's layers to keep: 6, or [6, 4] to distil 6 first."""
 
     layers: Annotated[list[Positive], Field(min_length=1)] | Positive | None = None
 
@@ -214,6 +214,10 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
             for name in Encoder.model_fields
             if getattr(config.student, name) != getattr(default, name)
         ]
+        steps = len(config.student.layers) if isinstance(config.student.layers, list) else 1
+        if config.method.epochs and len(config.method.epochs) != steps:
+            what = f"expected one number for each of the {steps} student.layers, found {config.method.epochs}"
+            faults.append((("method", "epochs"), what))
     elif config.teacher is not None:
         faults.append((("teacher",), f"method {method} is its own teacher; remove the section, or use qa_student"))
     if config.data.unlabelled_questions and method == "self_distillation":

@@ -69,8 +69,8 @@ def test_a_smaller_student_learns_from_the_teachers_artifact(tmp_path: Path) -> 
 def test_a_student_may_lose_its_layers_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     big = SMALL | {"num_hidden_layers": 3}
     inputs = {"teacher": saved(net(tmp_path / "t", student={"options": big}), tmp_path / "teacher")}
-    sections = {"method": METHOD, "teacher": {"options": big}, "student": {"layers": [2, 1]}}
-    this = run(tmp_path / "run", inputs, **sections, train={"epochs": 1, "batch_size": 8, "lr": 3e-3})
+    sections = {"method": METHOD | {"epochs": [2, 1]}, "teacher": {"options": big}, "student": {"layers": [2, 1]}}
+    this = run(tmp_path / "run", inputs, **sections, train={"epochs": 3, "batch_size": 8, "lr": 3e-3})
     seen: list[tuple[str, dict[str, Any], dict[str, Any], list[tuple[int, int]]]] = []
     train = Run.stage
 
@@ -84,6 +84,7 @@ def test_a_student_may_lose_its_layers_in_steps(tmp_path: Path, monkeypatch: pyt
     student = distill(this.cfg, this)
     (first, _, taught, pairs), (last, start, end, fewer) = seen
     assert (first, last) == ("student", "student-1")
+    assert [record["epochs"] for record in this.records] == [2, 1]
     assert pairs == [(0, 0), (1, 2), (2, 3)]
     assert fewer == [(0, 0), (1, 3)]
     layer = "encoder.encoder.layer.{}.output.dense.weight"

@@ -138,6 +138,10 @@ def test_data_comes_back_from_its_folder_with_mask_and_tokenizer(tmp_path: Path)
             {"method": {"name": "qa_student"}, "teacher": {}, "student": {"layers": [2, 2]}},
             "student.layers: expected fewer layers in every step, such as [6, 4], found [2, 2]",
         ),
+        (
+            {"method": {"name": "qa_student", "epochs": [2]}, "teacher": {}, "student": {"layers": [2, 1]}},
+            "method.epochs: expected one number for each of the 2 student.layers, found [2]",
+        ),
         ({"method": "qa_student", "teacher": {}, "student": {"weights": "random"}}, "student.weights: method qa_stu"),
         ({"method": "qa_student", "teacher": {}, "student": {"options": SMALL}}, "student.options: method qa_student"),
         ({"teacher": {"options": SMALL}}, "is its own teacher"),
