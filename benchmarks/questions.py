@@ -5,18 +5,21 @@
 Each folder answers all questions of the test split through ``load_qa``, with its own tokenizer: where the vocabulary is
 smaller, texts are cut into other pieces than the run's arrays, which the run's scores are of, hold. Milliseconds are
 of ``answer``, one question at a time, tokenizer included, in interleaved rounds over the same questions, which are in
-languages that were trained on: a smaller vocabulary cuts others into more pieces, as their scores tell.
+languages that were trained on: a smaller vocabulary cuts others into more pieces, as their scores tell. Rounds while
+the cores share a cache and rounds while they do not (``benchmarks.cores``) are told apart; a round in which that
+changes counts as neither.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter_ns
 from typing import Any
 
+from benchmarks import cores
 from benchmarks.environment import environment
 from benchmarks.latency import summarise
 from toolchain import artifact
@@ -26,7 +29,8 @@ from toolchain.stage import console, guard
 from toolchain.tasks import Split, load_data, qa
 from toolchain.tasks.qa_data import CELLS
 
-ROUNDS, TIMED, WARMUP = 5, 40, 3  # questions of a round, from all over the split; the first few do not count
+TIMED, WARMUP = 40, 3  # questions of a round, from all over the split; the first few do not count
+ROUNDS, MOST, LEAST = 5, 30, 3  # measured until there are so many of near cores, or so many in all; fewer tell nothing
 
 
 def texts(split: Split, part: str | None = None) -> tuple[list[str], list[str]]:
@@ -40,32 +44,44 @@ def scores(model: QaRuntime, split: Split) -> dict[str, float]:
     return qa.score_texts({n: found.text for n, found in enumerate(model.answer_all(*texts(split)))}, split)
 
 
-def times(models: dict[str, QaRuntime], split: Split) -> dict[str, list[list[int]]]:
-    """Nanoseconds of each answer, by folder and round."""
+def times(
+    models: dict[str, QaRuntime], split: Split, apart: Callable[[], bool | None]
+) -> dict[bool, dict[str, list[list[int]]]]:
+    """Nanoseconds of each answer, by whether the cores were apart, folder and round."""
     count = WARMUP + TIMED
     asked = list(zip(*texts(split, CELLS), strict=True))
     asked = asked[:: max(1, len(asked) // count)][:count]
-    taken: dict[str, list[list[int]]] = {name: [] for name in models}
-    for _ in range(ROUNDS):
+    taken: dict[bool, dict[str, list[list[int]]]] = {far: {name: [] for name in models} for far in (False, True)}
+    for _ in range(MOST):
         for name, model in models.items():
             round_: list[int] = []
+            before = bool(apart())
             for question, context in asked:
                 start = perf_counter_ns()
                 model.answer(question, context)
                 round_.append(perf_counter_ns() - start)
-            taken[name].append(round_[WARMUP:])
+            if before == bool(apart()):
+                taken[before][name].append(round_[WARMUP:])
+        if min(len(rounds) for rounds in taken[False].values()) >= ROUNDS:
+            break
     return taken
 
 
-def measure(run: Path, folders: Sequence[str], threads: int) -> dict[str, Any]:
-    """A row per folder of ``run``; its ``data`` must be of task qa. Raises EdgestillError."""
+def measure(
+    run: Path, folders: Sequence[str], threads: int, apart: Callable[[], bool | None] = cores.apart
+) -> dict[str, Any]:
+    """A row per folder of ``run``; its ``data`` must be of task qa. Raises EdgestillError.
+
+    ``latency`` is that of near cores, or of one, ``latency_apart`` that of cores apart; None where there were too few
+    rounds.
+    """
     split = load_data(run / "data").splits["test"]
     if "questions" not in split.meta:
         raise EdgestillError(f"{run}: expected a run of task qa, found data without questions; give another folder")
     models = {name: load_qa(run / name, threads=threads) for name in folders}
     rows = []
     try:
-        taken = times(models, split)
+        taken = times(models, split, apart if threads > 1 else lambda: None)
         for name, model in models.items():
             found = scores(model, split)
             weights = sum(path.stat().st_size for path in (run / name).glob("*.onnx*"))
@@ -73,12 +89,14 @@ def measure(run: Path, folders: Sequence[str], threads: int) -> dict[str, Any]:
                 "folder": name,
                 "bytes": weights,
                 "scores": found,
-                "latency": summarise(taken[name], 1),
             }
+            told = []
+            for far, key in ((False, "latency"), (True, "latency_apart")):
+                enough = len(taken[far][name]) >= LEAST
+                row[key] = summarise(taken[far][name], 1) if enough else None
+                told += [f"{row[key]['p50']['ms']:.1f} ms{', cores apart' if far else ''}"] if enough else []
             rows.append(row)
-            console.print(
-                f"    {name}: G-XLT F1 {found[qa.HEADLINE]:.2f}, {row['latency']['p50']['ms']:.1f} ms", markup=False
-            )
+            console.print(f"    {name}: G-XLT F1 {found[qa.HEADLINE]:.2f}, {'; '.join(told)}", markup=False)
     finally:
         for model in models.values():
             model.close()

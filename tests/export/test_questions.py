@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,7 @@ def test_what_ships_is_scored_from_texts_alone(made: Path, monkeypatch: pytest.M
     from toolchain.qa_runtime import load_qa
 
     monkeypatch.setattr(questions, "ROUNDS", 2)
+    monkeypatch.setattr(questions, "LEAST", 2)
     monkeypatch.setattr(questions, "TIMED", 12)
     found = questions.measure(made, ["onnx", "onnx-int8-cpu"], threads=1)
     assert [(row["latency"]["rounds"], row["latency"]["calls"]) for row in found["answers"]] == [(2, 24)] * 2
@@ -216,14 +218,41 @@ def test_what_ships_is_scored_from_texts_alone(made: Path, monkeypatch: pytest.M
     with load_qa(made / "onnx") as model:
         told = [model.answer(q, c).text for q, c in zip(*questions.texts(test), strict=True)]
     assert found["answers"][0]["scores"] == qa.score_texts(dict(enumerate(told)), test)
+    assert [row["latency_apart"] for row in found["answers"]] == [None, None]
     table = tables.measured_table(found, "qa")
     assert "| onnx-int8-cpu | " in table
+    assert "cores apart" not in table
     assert f"{found['questions']} questions" in table
     with pytest.raises(EdgestillError, match="expected a run of task qa"):
         with artifact.create(made / "other" / "data", stage="data", config={}) as draft:
             arrays = {"image": np.zeros((2, 4, 4, 1), np.uint8), "label": np.zeros(2, np.int64)}
             save_data(draft.path, Data({"test": Split(arrays, ("image",))}, {}))
         questions.measure(made / "other", ["onnx"], threads=1)
+
+
+def test_rounds_of_near_and_far_cores_are_told_apart(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import questions, tables
+    from toolchain.qa_runtime import load_qa
+
+    monkeypatch.setattr(questions, "ROUNDS", 2)
+    monkeypatch.setattr(questions, "LEAST", 2)
+    monkeypatch.setattr(questions, "TIMED", 8)
+    probes = [True, True, True, False, False, False, False, False]
+    with load_qa(made / "onnx") as model:
+        taken = questions.times({"onnx": model}, split(made), iter(probes).__next__)
+    assert [len(taken[far]["onnx"]) for far in (True, False)] == [1, 2]
+
+    def rows(*probes: bool | None) -> str:
+        forever = cycle(probes)
+        return tables.measured_table(questions.measure(made, ["onnx"], threads=2, apart=lambda: next(forever)), "qa")
+
+    monkeypatch.setattr(questions, "MOST", 4)
+    assert "p50 ms |" in rows(None)
+    far = rows(True)
+    assert "| p50 ms, cores apart | speed-up, cores apart |" in far
+    assert "| p50 ms |" not in far
+    both = rows(True, True, False, False)
+    assert "| p50 ms | speed-up | p50 ms, cores apart | speed-up, cores apart |" in both
 
 
 def test_dynamic_int8_answers_the_same_whatever_is_asked_beside_it(made: Path) -> None:
