@@ -285,6 +285,10 @@ def protocol(settings: Mapping[str, Any], samples: int) -> list[str]:
         + ", ".join(f"{count} calls (p{q})" for q, count in LEAST.items())
         + ". `noisy` marks rounds whose medians lie more than 5 % apart.",
         (
+            "Cores apart: when the round began, a core took long to read what another had written. A virtual machine's "
+            "cores may share a cache at one time and none at another; threads of small networks then gain little."
+        ),
+        (
             f"Memory is the peak resident set of the whole process after batch {min(settings['batches'])}, Python and "
             "runtime included. Load time is cold: imports, hash checks and session in a fresh process."
         ),

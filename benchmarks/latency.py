@@ -24,6 +24,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks import cores
 from benchmarks.accuracy import predict
 from toolchain import artifact, child
 from toolchain.artifact import EdgestillError
@@ -350,10 +351,11 @@ class Worker:
 
 @dataclass
 class Measured:
-    """What was measured of one worker: summaries by batch size, raw nanoseconds by batch size and round."""
+    """What was measured of one worker, by batch size: summaries; by round, raw nanoseconds and ``cores.apart``."""
 
     latency: dict[str, dict[str, Any]] = field(default_factory=dict)
     raw: dict[str, list[list[int]]] = field(default_factory=dict)
+    apart: dict[str, list[bool | None]] = field(default_factory=dict)
     paced: dict[str, Any] | None = None
     paced_raw: list[int] = field(default_factory=list)
     memory_mb: float | None = None
@@ -417,13 +419,17 @@ def _sweep(
     part = {"seconds": settings["seconds"] / settings["rounds"], "settle_ms": settings["warmup_ms"] / 5}
     for _ in range(settings["rounds"]):
         for worker in workers:
+            far = cores.apart() if settings["threads"] > 1 else None
             if (answer := attempt(worker, "time", **part)) is not None:
                 found[worker.name].raw.setdefault(key, []).append(answer["ns"])
+                found[worker.name].apart.setdefault(key, []).append(far)
     for worker in workers:
         mine = found[worker.name]
         if "reason" not in mine.latency.get(key, {}):
             warm = {name: value for name, value in warmed[worker.name].items() if name != "first_call_ms"}
-            mine.latency[key] = summarise(mine.raw[key], batch) | {"warmup": warm}
+            told = [far for far in mine.apart[key] if far is not None]
+            more = {"warmup": warm, "rounds_apart": sum(told) if told else None}
+            mine.latency[key] = summarise(mine.raw[key], batch) | more
 
 
 if __name__ == "__main__":

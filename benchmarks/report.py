@@ -313,11 +313,16 @@ def _latency_table(rows: list[dict[str, Any]]) -> Table:
                     *(ms(found[q]["ms"]) if found[q] else "too few calls" for q in ("p90", "p99")),
                     f"{found['throughput_per_s']:,.0f}",
                     times(base / mine["ms"] if base and mine else None),
-                    f"{100 * found['spread']:.1f} %" + (" noisy" if found["noisy"] else ""),
+                    f"{100 * found['spread']:.1f} %" + (" noisy" if found["noisy"] else "") + _apart(found),
                     f"{found['calls']:,}",
                 ]
             )
     return title, body
+
+
+def _apart(found: Mapping[str, Any]) -> str:
+    far = found.get("rounds_apart")
+    return f"; {far} of {found['rounds']} rounds with cores apart" if far else ""
 
 
 def _paced_table(rows: list[dict[str, Any]]) -> Table:

@@ -17,6 +17,7 @@ from toolchain.runtime import FakeRuntime
 from toolchain.tasks import Split
 
 SETTINGS = {"batches": [1, 4], "seconds": 0.06, "rounds": 3, "warmup_ms": 5.0, "paced_fps": 200.0, "paced_seconds": 0.1}
+SETTINGS |= {"threads": 1}
 
 
 def subject(sleep_s: float = 0.0, seen: list[Any] | None = None) -> Subject:
@@ -172,4 +173,20 @@ def test_a_batch_that_a_model_refuses_leaves_the_others(monkeypatch: pytest.Monk
 
     found = measure([Picky()], SETTINGS, lambda: None)["picky"]  # type: ignore[list-item]
     assert found.latency["1"]["p50"]
+    assert found.latency["1"]["rounds_apart"] is None
     assert found.latency["4"]["reason"] == "image: batch 4 is above 1"
+
+
+def test_rounds_of_several_threads_say_whether_the_cores_were_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Steady:
+        name = "steady"
+
+        def ask(self, do: str, **order: Any) -> dict[str, Any]:
+            return {"ns": [1000] * 10, "ms": 1.0, "calls": 1, "stationary": True, "first_call_ms": 1.0, "peak_mb": 1.0}
+
+    found = {}
+    for name, answers in (("both", [True, False, True]), ("unknown", [None] * 3)):
+        monkeypatch.setattr(latency.cores, "apart", iter(answers).__next__)
+        settings = SETTINGS | {"threads": 2, "batches": [1]}
+        found[name] = measure([Steady()], settings, lambda: None)["steady"].latency["1"]  # type: ignore[list-item]
+    assert {name: one["rounds_apart"] for name, one in found.items()} == {"both": 2, "unknown": None}

@@ -52,6 +52,22 @@ def test_the_fastest_within_the_budget_is_recommended() -> None:
     assert "not measured" in unscored["reason"]
 
 
+def test_rounds_with_cores_apart_are_told_beside_their_spread() -> None:
+    whole = {"throughput_per_s": 1.0, "spread": 0.4, "noisy": True, "calls": 5, "rounds": 5}
+    rows = [
+        row(
+            name, "onnx", "fp32", 1.0, 96.0, latency={"1": row(name, "onnx", "fp32", 1.0, None)["latency"]["1"] | found}
+        )
+        for name, found in (("a", whole | {"rounds_apart": 2}), ("b", whole | {"rounds_apart": 0}), ("c", whole))
+    ]
+    _, body = report._latency_table(rows)
+    assert [line[8] for line in body] == [
+        "40.0 % noisy; 2 of 5 rounds with cores apart",
+        "40.0 % noisy",
+        "40.0 % noisy",
+    ]
+
+
 def test_for_an_error_metric_lower_is_better() -> None:
     rows = [row("onnx", "onnx", "fp32", 0.2, 1.0), row("onnx-fp16", "onnx", "fp16", 0.1, 1.5)]
     metric = {"name": "ade", "higher_is_better": False, "unit": "m"}
