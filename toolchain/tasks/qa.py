@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from toolchain import qa_metrics
-from toolchain.artifact import digest
+from toolchain.artifact import digest, sha256
 from toolchain.config import TrainSection
 from toolchain.methods.options import QUESTIONS, Recipe, SelfDistillation
 from toolchain.qa_windows import answer_of, best_spans, pooled
@@ -430,15 +430,14 @@ def hookable(config: Any) -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 def files_state(section: Any) -> str | None:
-    """A digest of names, sizes and times of the person's own files that a section names; None when it names none."""
+    """A digest of names and contents of the person's own files that a section names; None when it names none."""
     if isinstance(section, DataSection):
         place = Path(section.path).expanduser() if section.source == "folder" and section.path else None
     else:
         place = None if section.model == "small" else encoder_folder(section.model)
     if place is None or not place.is_dir():
         return None
-    files = [(path.name, path.stat()) for path in sorted(place.iterdir()) if path.is_file()]
-    return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files])
+    return digest([[path.name, sha256(path)] for path in sorted(place.iterdir()) if path.is_file()])
 
 
 def dry_run(config: Any, data: Data) -> dict[str, str]:

@@ -196,15 +196,15 @@ def _lost(section: DataSection, part: str, recording: Recording, index: Integers
 
 
 def files_state(section: DataSection) -> str | None:
-    """A digest of names, sizes and times of the user's own track files; None where the source is public."""
+    """A digest of names and contents of the user's own track files; None where the source is public."""
     if section.source == "files":
         root = Path(section.path or "").expanduser()
     elif section.source == "sdd":
         root = _place(section, "sdd")
     else:
         return None
-    files = [(str(path), path.stat()) for path in [root, *sorted(root.rglob("*"))] if path.is_file()]
-    return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]) if files else None
+    files = [path for path in [root, *sorted(root.rglob("*"))] if path.is_file()]
+    return digest([[str(path), sha256(path)] for path in files]) if files else None
 
 
 def _simulated(section: DataSection) -> tuple[Recordings, str | None]:
