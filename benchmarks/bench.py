@@ -97,7 +97,7 @@ def run(job: Job) -> None:
         "task": job.config.get("task"),
         "metric": results["metric"],
         "environment": where,
-        "protocol": protocol(settings, results["samples"]),
+        "protocol": protocol(settings, results["samples"], any(one.cores_told for one in measured.values())),
         "settings": settings,
         "rows": results["rows"] + [_absent(name, reason) for name, reason in job.config.get("failed", {}).items()],
     }
@@ -262,7 +262,7 @@ def _absent(name: str, reason: str) -> dict[str, Any]:
     return _row(empty, Measured()) | {"id": None, "bytes": None, "status": "not made", "reason": reason}
 
 
-def protocol(settings: Mapping[str, Any], samples: int) -> list[str]:
+def protocol(settings: Mapping[str, Any], samples: int, cores_told: bool = False) -> list[str]:
     """How it was measured, in words that stand beside the numbers."""
     batches = ", ".join(map(str, sorted(settings["batches"])))
     text = [
@@ -285,14 +285,16 @@ def protocol(settings: Mapping[str, Any], samples: int) -> list[str]:
         + ", ".join(f"{count} calls (p{q})" for q, count in LEAST.items())
         + ". `noisy` marks rounds whose medians lie more than 5 % apart.",
         (
-            "Cores apart: when the round began, a core took long to read what another had written. A virtual machine's "
-            "cores may share a cache at one time and none at another; threads of small networks then gain little."
-        ),
-        (
             f"Memory is the peak resident set of the whole process after batch {min(settings['batches'])}, Python and "
             "runtime included. Load time is cold: imports, hash checks and session in a fresh process."
         ),
     ]
+    if cores_told:
+        text.append(
+            "Cores apart: when the round began, a core took long to read what the other had written. Two cores of a "
+            "virtual machine may share a cache at one time and none at another; threads of small networks then gain "
+            "little."
+        )
     if settings["paced_seconds"]:
         text.append(
             f"Paced: a frame arrives {settings['paced_fps']:g} times a second for {settings['paced_seconds']:g} s, "

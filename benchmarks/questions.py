@@ -6,7 +6,7 @@ Each folder answers all questions of the test split through ``load_qa``, with it
 smaller, texts are cut into other pieces than the run's arrays, which the run's scores are of, hold. Milliseconds are
 of ``answer``, one question at a time, tokenizer included, in interleaved rounds over the same questions, which are in
 languages that were trained on: a smaller vocabulary cuts others into more pieces, as their scores tell. Rounds while
-the cores share a cache and rounds while they do not (``benchmarks.cores``) are told apart; a round in which that
+two cores share a cache and rounds while they do not (``benchmarks.cores``) are told apart; a round in which that
 changes counts as neither.
 """
 
@@ -47,24 +47,31 @@ def scores(model: QaRuntime, split: Split) -> dict[str, float]:
 def times(
     models: dict[str, QaRuntime], split: Split, apart: Callable[[], bool | None]
 ) -> dict[bool, dict[str, list[list[int]]]]:
-    """Nanoseconds of each answer, by whether the cores were apart, folder and round."""
+    """Nanoseconds of each answer, by whether the cores were ``apart`` (False where that is not told), folder and round.
+
+    A round of all models counts only where the cores were the same before and after each of them.
+    """
     count = WARMUP + TIMED
     asked = list(zip(*texts(split, CELLS), strict=True))
     asked = asked[:: max(1, len(asked) // count)][:count]
     taken: dict[bool, dict[str, list[list[int]]]] = {far: {name: [] for name in models} for far in (False, True)}
     for _ in range(MOST):
+        seen, rounds = [bool(apart())], {}
         for name, model in models.items():
-            round_: list[int] = []
-            before = bool(apart())
-            for question, context in asked:
-                start = perf_counter_ns()
-                model.answer(question, context)
-                round_.append(perf_counter_ns() - start)
-            if before == bool(apart()):
-                taken[before][name].append(round_[WARMUP:])
-        if min(len(rounds) for rounds in taken[False].values()) >= ROUNDS:
+            rounds[name] = [_timed(model, *pair) for pair in asked][WARMUP:]
+            seen.append(bool(apart()))
+        if len(set(seen)) == 1:
+            for name, round_ in rounds.items():
+                taken[seen[0]][name].append(round_)
+        if len(taken[False][next(iter(models))]) >= ROUNDS:
             break
     return taken
+
+
+def _timed(model: QaRuntime, question: str, context: str) -> int:
+    start = perf_counter_ns()
+    model.answer(question, context)
+    return perf_counter_ns() - start
 
 
 def measure(
@@ -72,8 +79,8 @@ def measure(
 ) -> dict[str, Any]:
     """A row per folder of ``run``; its ``data`` must be of task qa. Raises EdgestillError.
 
-    ``latency`` is that of near cores, or of one, ``latency_apart`` that of cores apart; None where there were too few
-    rounds.
+    ``latency`` is that of near cores, or of any where that cannot be told, ``latency_apart`` that of cores apart; None
+    where there were too few rounds.
     """
     split = load_data(run / "data").splits["test"]
     if "questions" not in split.meta:
@@ -92,11 +99,13 @@ def measure(
             }
             told = []
             for far, key in ((False, "latency"), (True, "latency_apart")):
-                enough = len(taken[far][name]) >= LEAST
-                row[key] = summarise(taken[far][name], 1) if enough else None
-                told += [f"{row[key]['p50']['ms']:.1f} ms{', cores apart' if far else ''}"] if enough else []
+                rounds = taken[far][name]
+                row[key] = summarise(rounds, 1) if len(rounds) >= LEAST else None
+                if p50 := (row[key] or {}).get("p50"):
+                    told.append(f"{p50['ms']:.1f} ms{', cores apart' if far else ''}")
             rows.append(row)
-            console.print(f"    {name}: G-XLT F1 {found[qa.HEADLINE]:.2f}, {'; '.join(told)}", markup=False)
+            shown = "; ".join(told) or "too few rounds to tell a time"
+            console.print(f"    {name}: G-XLT F1 {found[qa.HEADLINE]:.2f}, {shown}", markup=False)
     finally:
         for model in models.values():
             model.close()

@@ -211,7 +211,7 @@ def _answers_table(value: Mapping[str, Any]) -> str:
     first, *_ = value["answers"]
     best = first["scores"]["gxlt_f1"]
     title = ["folder", "graph", "G-XLT F1", "of the first", "XLT F1", "F1, languages not trained on"]
-    timed = [key for key in ("latency", "latency_apart") if any(row[key] for row in value["answers"])]
+    timed = [key for key in ("latency", "latency_apart") if any(row.get(key) for row in value["answers"])]
     for key in timed:
         title += [f"{what}, cores apart" if key == "latency_apart" else what for what in ("p50 ms", "speed-up")]
     body = []
@@ -221,17 +221,18 @@ def _answers_table(value: Mapping[str, Any]) -> str:
         scores.insert(1, share(found["gxlt_f1"] / best if best else None))
         body.append([row["folder"], size(row["bytes"]), *scores])
         for key in timed:
-            mine, slowest = ((one[key] or {}).get("p50", {}).get("ms") for one in (row, first))
-            noise = " ~" if row[key] and row[key]["noisy"] else ""
+            mine, slowest = (((one.get(key) or {}).get("p50") or {}).get("ms") for one in (row, first))
+            noise = " ~" if row.get(key) and row[key]["noisy"] else ""
             body[-1] += [ms(mine) + noise, times(slowest / mine if mine and slowest else None)]
-    summaries = [row[key] for row in value["answers"] for key in timed if row[key]]
-    rounds = sorted({summary["rounds"] for summary in summaries})
-    note = (
-        f"Text to answer through `load_qa`, {value['questions']} questions; p50 of one at a time, in the languages "
-        f"trained on, {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} interleaved rounds, "
-        f"{value['threads']} threads, {device(value['environment'])}."
-    )
-    if any(row["latency_apart"] for row in value["answers"]):
+    note = f"Text to answer through `load_qa`, {value['questions']} questions"
+    summaries = [row[key] for row in value["answers"] for key in timed if row.get(key)]
+    if summaries:
+        rounds = sorted({summary["rounds"] for summary in summaries})
+        note += (
+            f"; p50 of one at a time, in the languages trained on, {' and '.join(map(str, rounds))} interleaved rounds"
+        )
+    note += f", {value['threads']} threads, {device(value['environment'])}."
+    if "latency_apart" in timed:
         note += " Cores apart: while the two cores shared no cache, which happens to a virtual machine."
     if any(summary["noisy"] for summary in summaries):
         note += " ~ noisy: medians of the rounds lie more than 5 % apart."

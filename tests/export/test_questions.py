@@ -234,25 +234,26 @@ def test_rounds_of_near_and_far_cores_are_told_apart(made: Path, monkeypatch: py
     from benchmarks import questions, tables
     from toolchain.qa_runtime import load_qa
 
-    monkeypatch.setattr(questions, "ROUNDS", 2)
-    monkeypatch.setattr(questions, "LEAST", 2)
-    monkeypatch.setattr(questions, "TIMED", 8)
-    probes = [True, True, True, False, False, False, False, False]
-    with load_qa(made / "onnx") as model:
-        taken = questions.times({"onnx": model}, split(made), iter(probes).__next__)
-    assert [len(taken[far]["onnx"]) for far in (True, False)] == [1, 2]
+    for name, value in (("ROUNDS", 2), ("LEAST", 2), ("MOST", 6), ("TIMED", 8)):
+        monkeypatch.setattr(questions, name, value)
+    probes = [*[True] * 3, True, False, False, *[False] * 6]
+    with load_qa(made / "onnx") as a, load_qa(made / "onnx") as b:
+        taken = questions.times({"a": a, "b": b}, split(made), iter(probes).__next__)
+    assert {far: [len(rounds) for rounds in mine.values()] for far, mine in taken.items()} == {
+        True: [1, 1],
+        False: [2, 2],
+    }
 
-    def rows(*probes: bool | None) -> str:
+    def table(*probes: bool | None) -> str:
         forever = cycle(probes)
         return tables.measured_table(questions.measure(made, ["onnx"], threads=2, apart=lambda: next(forever)), "qa")
 
-    monkeypatch.setattr(questions, "MOST", 4)
-    assert "p50 ms |" in rows(None)
-    far = rows(True)
-    assert "| p50 ms, cores apart | speed-up, cores apart |" in far
-    assert "| p50 ms |" not in far
-    both = rows(True, True, False, False)
-    assert "| p50 ms | speed-up | p50 ms, cores apart | speed-up, cores apart |" in both
+    assert "| p50 ms | speed-up |\n" in table(None)
+    assert "languages not trained on | p50 ms, cores apart | speed-up, cores apart |\n" in table(True)
+    assert "| p50 ms | speed-up | p50 ms, cores apart | speed-up, cores apart |\n" in table(*[True] * 4, *[False] * 4)
+    never = table(True, False)
+    assert "p50" not in never
+    assert "questions, 2 threads" in never
 
 
 def test_dynamic_int8_answers_the_same_whatever_is_asked_beside_it(made: Path) -> None:

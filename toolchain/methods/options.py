@@ -269,7 +269,7 @@ class QaStudent(Section):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     vocabulary: Literal["used", "full"] = "used"
     extra_pieces: Annotated[int, Field(ge=0)] = 0
-    epochs: list[Positive] | None = None
+    epochs: Annotated[list[Positive], Field(min_length=1)] | None = None
 
 
 OPTIONS: dict[str, type[Section]] = {

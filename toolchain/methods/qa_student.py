@@ -8,7 +8,8 @@ teacher's layer m(i), evenly chosen; widths are equal, so there is no projection
 
 Layers are copied from the teacher, or, where ``student.layers`` names several numbers, from what was distilled before
 with more of them: a network between teacher and student helps where the gap is wide (Mirzadeh et al., arXiv 1902.03393,
-who teach from it; here the teacher stays the same, and its weights are what is handed on).
+who teach from it; here the teacher stays the same, and its weights are what is handed on). A layer may so be taught by
+a neighbour of the teacher's layer that it was taught by before.
 
 Deliberate deviations: states are layer-normalised without affine part instead of divided by their norm (Patient KD) or
 left as they are (TinyBERT), so that no layer outweighs another; one training with all terms. CE is 0 at windows of

@@ -37,6 +37,7 @@ UNIT = "%"
 STAGES = ("teacher",)
 PACKAGES = ("transformers", "tokenizers")
 TIE = 1e-3  # of logits
+READ = (".json", ".safetensors", ".bin", ".txt", ".model")  # of an encoder's folder, or one of questions
 SPECIAL = 4  # most special tokens around a question and a context: RoBERTa's <s> </s></s> </s>
 DEFAULTS: dict[str, Any] = {
     "export": {
@@ -214,10 +215,13 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
             for name in Encoder.model_fields
             if getattr(config.student, name) != getattr(default, name)
         ]
-        steps = len(config.student.layers) if isinstance(config.student.layers, list) else 1
-        if config.method.epochs and len(config.method.epochs) != steps:
-            what = f"expected one number for each of the {steps} student.layers, found {config.method.epochs}"
-            faults.append((("method", "epochs"), what))
+        layers, epochs = config.student.layers, config.method.epochs
+        steps = len(layers) if isinstance(layers, list) else 1
+        if epochs and len(epochs) != steps:
+            what = f"expected {steps}, one for each step of student.layers ({layers}), found {epochs}"
+            faults.append((("method", "epochs"), f"{what}; or leave it out, for train.epochs at every step"))
+        if epochs and config.train.epochs != TrainSection().epochs:
+            faults.append((("train", "epochs"), f"method.epochs, {epochs}, stands in its place; give one of the two"))
     elif config.teacher is not None:
         faults.append((("teacher",), f"method {method} is its own teacher; remove the section, or use qa_student"))
     if config.data.unlabelled_questions and method == "self_distillation":
@@ -437,7 +441,8 @@ def files_state(section: Any) -> str | None:
         place = None if section.model == "small" else encoder_folder(section.model)
     if place is None or not place.is_dir():
         return None
-    return digest([[path.name, sha256(path)] for path in sorted(place.iterdir()) if path.is_file()])
+    files = [path for path in sorted(place.iterdir()) if path.suffix in READ and path.is_file()]
+    return digest([[path.name, sha256(path)] for path in files])
 
 
 def dry_run(config: Any, data: Data) -> dict[str, str]:

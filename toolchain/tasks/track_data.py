@@ -203,8 +203,8 @@ def files_state(section: DataSection) -> str | None:
         root = _place(section, "sdd")
     else:
         return None
-    files = [path for path in [root, *sorted(root.rglob("*"))] if path.is_file()]
-    return digest([[str(path), sha256(path)] for path in files]) if files else None
+    places = [path for path in [root, *sorted(root.rglob("*"))] if path.suffix.lower() in SUFFIXES and path.is_file()]
+    return digest([[path.relative_to(root).as_posix(), sha256(path)] for path in places]) if places else None
 
 
 def _simulated(section: DataSection) -> tuple[Recordings, str | None]:

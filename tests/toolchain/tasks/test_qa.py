@@ -140,8 +140,17 @@ def test_data_comes_back_from_its_folder_with_mask_and_tokenizer(tmp_path: Path)
         ),
         (
             {"method": {"name": "qa_student", "epochs": [2]}, "teacher": {}, "student": {"layers": [2, 1]}},
-            "method.epochs: expected one number for each of the 2 student.layers, found [2]",
+            "method.epochs: expected 2, one for each step of student.layers ([2, 1]), found [2]; or leave it out",
         ),
+        (
+            {"method": {"name": "qa_student", "epochs": [2, 1]}, "teacher": {}, "student": {"layers": 2}},
+            "method.epochs: expected 1, one for each step of student.layers (2), found [2, 1]",
+        ),
+        (
+            {"method": {"name": "qa_student", "epochs": [2]}, "teacher": {}, "train": {"epochs": 3}},
+            "train.epochs: method.epochs, [2], stands in its place; give one of the two",
+        ),
+        ({"method": {"name": "qa_student", "epochs": []}, "teacher": {}}, "method.epochs: "),
         ({"method": "qa_student", "teacher": {}, "student": {"weights": "random"}}, "student.weights: method qa_stu"),
         ({"method": "qa_student", "teacher": {}, "student": {"options": SMALL}}, "student.options: method qa_student"),
         ({"teacher": {"options": SMALL}}, "is its own teacher"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,9 @@ def test_files_of_ones_own_and_a_leak_among_them(own: dict[str, Any], tmp_path: 
     assert "first" not in found.splits
     assert found.info["note"] is None
     before = qa.files_state(section)
+    for path in Path(str(section.path)).iterdir():
+        os.utime(path, (1, 1))
+    assert qa.files_state(section) == before
     for language in ("en", "es"):
         written(tmp_path, "test", language, ["a"])
     assert qa.files_state(section) != before

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import http.server
 import os
+import shutil
 import threading
 from functools import partial
 from itertools import pairwise
@@ -219,7 +220,10 @@ def test_files_state_follows_the_files(tmp_path: Path) -> None:
     before = files_state(section), files_state(alone)
     assert None not in before
     os.utime(path, (1, 1))
-    assert (files_state(section), files_state(alone)) == before, "a copy of the files is the same data"
+    (tmp_path / "data" / "a.mp4").write_bytes(b"video")
+    shutil.copytree(tmp_path / "data", tmp_path / "copy")
+    copied = DataSection(source="files", path=str(tmp_path / "copy"))
+    assert (files_state(section), files_state(alone), files_state(copied)) == (*before, before[0])
     walk(path, 1, 31)
     assert files_state(section) != before[0]
     assert files_state(alone) != before[1]
