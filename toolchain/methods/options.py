@@ -259,7 +259,7 @@ class QaStudent(Section):
 
     ``ce``, ``kd`` and ``hidden`` weigh cross-entropy, softened logits, and the squared difference of layer-normalised
     hidden states. ``vocabulary``: ``used`` keeps the pieces of all texts of the training articles, and ``extra_pieces``
-    others. ``epochs``: of each of several ``student.layers``, in place of ``train.epochs``.
+    others.
     """
 
     name: Literal["qa_student"]
@@ -269,7 +269,6 @@ class QaStudent(Section):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     vocabulary: Literal["used", "full"] = "used"
     extra_pieces: Annotated[int, Field(ge=0)] = 0
-    epochs: Annotated[list[Positive], Field(min_length=1)] | None = None
 
 
 OPTIONS: dict[str, type[Section]] = {

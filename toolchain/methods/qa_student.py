@@ -4,12 +4,7 @@
 
 KD is Hinton's on start and end logits (arXiv 1503.02531, section 2). The hidden term is that of Patient KD (Sun et al.,
 arXiv 1908.09355) and TinyBERT (Jiao et al., arXiv 1909.10351) at the embeddings and every kept layer i, against the
-teacher's layer m(i), evenly chosen; widths are equal, so there is no projection. Padding does not count.
-
-Layers are copied from the teacher, or, where ``student.layers`` names several numbers, from what was distilled before
-with more of them: a network between teacher and student helps where the gap is wide (Mirzadeh et al., arXiv 1902.03393,
-who teach from it; here the teacher stays the same, and its weights are what is handed on). A layer may so be taught by
-a neighbour of the teacher's layer that it was taught by before.
+teacher's layer m(i) it was copied from; widths are equal, so there is no projection. Padding does not count.
 
 Deliberate deviations: states are layer-normalised without affine part instead of divided by their norm (Patient KD) or
 left as they are (TinyBERT), so that no layer outweighs another; one training with all terms. CE is 0 at windows of
@@ -33,13 +28,13 @@ from toolchain.losses import accuracy, cross_entropy, hinton_kd
 from toolchain.methods.options import QaStudent
 from toolchain.tasks.qa_batches import SpanBatches
 from toolchain.tasks.qa_data import UNLABELLED, USED
-from toolchain.tasks.qa_nets import QaNet, kept_layers, layer_steps, layers_of, load, smaller
+from toolchain.tasks.qa_nets import QaNet, kept_layers, layers_of, load, smaller
 from toolchain.tasks.qa_tokenizer import TOKENIZER, check_same, used_pieces
 from toolchain.train import Run
 
 
 class Smaller(Distiller):
-    """``layers``: of the teacher, those that the student's layers shall be like."""
+    """``layers``: of the teacher, those that the student's layers were copied from."""
 
     student: QaNet
 
@@ -80,7 +75,7 @@ def distill(cfg: Config, run: Run) -> nn.Module:
     teacher = load(run.inputs["teacher"])
     check_same(run.data.files[TOKENIZER], teacher.tokenizer, "the teacher")
     total = len(layers_of(teacher.encoder))
-    counts = layer_steps(total, cfg.student.layers)
+    layers = kept_layers(total, cfg.student.layers or total)
     splits = tuple(name for name in ("first", "train", "unlabelled") if name in run.data.splits)
     batches = SpanBatches(run, splits, cfg.train.batch_size)
     used = np.array(json.loads(run.data.files[USED]), np.int64)
@@ -89,19 +84,10 @@ def distill(cfg: Config, run: Run) -> nn.Module:
         whole = int(teacher.encoder.config.vocab_size)
         what = f"{len(pieces):,} of its {whole:,} word pieces; {_lost(run, pieces)}"
         run.step(what, smaller(teacher, list(range(total)), pieces))
-    student = teacher
-    for step, count in enumerate(counts):
-        before = len(layers_of(student.encoder))
-        student = smaller(student, kept_layers(before, count), None if step else pieces)
-        if count < before:
-            run.step(f"{count} of its {before} layers, not yet distilled", student)
-        distiller = Smaller(student, teacher, kept_layers(total, count), o)
-        name = f"student-{count}" if step else "student"
-        recipe = cfg.train.model_copy(update={"epochs": o.epochs[step]} if o.epochs else {})
-        student = run.stage(name, distiller, batches, recipe, run.scorer())  # type: ignore[assignment]
-        if count != counts[-1]:
-            run.step(f"distilled with {count} layers", student)
-    return student
+    student = smaller(teacher, layers, pieces)
+    if len(layers) < total:
+        run.step(f"{len(layers)} of its {total} layers, not yet distilled", student)
+    return run.stage("student", Smaller(student, teacher, layers, o), batches, cfg.train, run.scorer())
 
 
 def _lost(run: Run, pieces: NDArray[np.int64]) -> str:

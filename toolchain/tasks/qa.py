@@ -6,12 +6,11 @@ G-XLT is the mean F1 over all (question language, context language) cells, the d
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from toolchain import qa_metrics
 from toolchain.artifact import digest, sha256
@@ -179,16 +178,9 @@ class Encoder(Section):
 
 
 class StudentSection(Encoder):
-    """``layers``: with method qa_student, how many of the teacher's layers to keep: 6, or [6, 4] to distil 6 first."""
+    """``layers``: with method qa_student, how many of the teacher's layers to keep."""
 
-    layers: Annotated[list[Positive], Field(min_length=1)] | Positive | None = None
-
-    @field_validator("layers")
-    @classmethod
-    def _falling(cls, value: list[int] | int | None) -> list[int] | int | None:
-        if isinstance(value, list) and any(less >= more for more, less in pairwise(value)):
-            raise ValueError(f"expected fewer layers in every step, such as [6, 4], found {value}")
-        return value
+    layers: Positive | None = None
 
 
 class TeacherSection(Encoder):
@@ -215,13 +207,6 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
             for name in Encoder.model_fields
             if getattr(config.student, name) != getattr(default, name)
         ]
-        layers, epochs = config.student.layers, config.method.epochs
-        steps = len(layers) if isinstance(layers, list) else 1
-        if epochs and len(epochs) != steps:
-            what = f"expected {steps}, one for each step of student.layers ({layers}), found {epochs}"
-            faults.append((("method", "epochs"), f"{what}; or leave it out, for train.epochs at every step"))
-        if epochs and config.train.epochs != TrainSection().epochs:
-            faults.append((("train", "epochs"), f"method.epochs, {epochs}, stands in its place; give one of the two"))
     elif config.teacher is not None:
         faults.append((("teacher",), f"method {method} is its own teacher; remove the section, or use qa_student"))
     if config.data.unlabelled_questions and method == "self_distillation":

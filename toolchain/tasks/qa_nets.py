@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,13 +189,6 @@ def kept_layers(total: int, count: int) -> list[int]:
     return [round((index + 1) * total / count) - 1 for index in range(count)]
 
 
-def layer_steps(total: int, wanted: Sequence[int] | int | None) -> list[int]:
-    """``student.layers`` as the numbers of layers to distil at, one after the other. Raises ModelError."""
-    steps = [total] if wanted is None else [wanted] if isinstance(wanted, int) else list(wanted)
-    kept_layers(total, steps[0])
-    return steps
-
-
 def smaller(net: QaNet, layers: list[int], pieces: NDArray[np.int64] | None) -> QaNet:
     """A copy of ``net`` with some of its ``layers``, and of its vocabulary only ``pieces`` (old numbers, sorted)."""
     result = copy.deepcopy(net)
@@ -304,6 +297,5 @@ def dry_run(config: Any, data: Data) -> dict[str, str]:
     found = {role: f"{section.model}: {list(feeds['input_ids'].shape)} -> {list(out.shape)}, {count:,} parameters"}
     if config.teacher is not None:
         total = int(net.encoder.config.num_hidden_layers)
-        steps = layer_steps(total, config.student.layers)
-        found["student"] = f"layers {kept_layers(total, steps[-1])} of the teacher's {total}"
+        found["student"] = f"layers {kept_layers(total, config.student.layers or total)} of the teacher's {total}"
     return found

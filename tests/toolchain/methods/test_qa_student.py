@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -65,42 +62,6 @@ def test_a_smaller_student_learns_from_the_teachers_artifact(tmp_path: Path) -> 
     sizes = [sum(p.numel() for p in module.parameters()) for module in (teacher, student)]
     assert sizes[0] > pruned["parameters"] > cut["parameters"] == sizes[1]
     assert pruned["val"] == pytest.approx(this.scorer()(teacher), abs=1e-4)
-
-
-def test_a_student_may_lose_its_layers_in_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    big = SMALL | {"num_hidden_layers": 3}
-    inputs = {"teacher": saved(net(tmp_path / "t", student={"options": big}), tmp_path / "teacher")}
-    sections = {"method": METHOD | {"epochs": [2, 1]}, "teacher": {"options": big}, "student": {"layers": [2, 1]}}
-    this = run(tmp_path / "run", inputs, **sections, train={"batch_size": 8, "lr": 3e-3})
-    seen: list[tuple[str, dict[str, Any], dict[str, Any], list[tuple[int, int]]]] = []
-    train = Run.stage
-
-    def stage(self: Run, name: str, distiller: Smaller, *rest: Any) -> Any:
-        before = weights(distiller.student)
-        trained = train(self, name, distiller, *rest)
-        seen.append((name, before, weights(trained), distiller.pairs))
-        return trained
-
-    monkeypatch.setattr(Run, "stage", stage)
-    student = distill(this.cfg, this)
-    (first, _, taught, pairs), (last, start, end, fewer) = seen
-    assert (first, last) == ("student", "student-1")
-    assert [record["epochs"] for record in this.records] == [2, 1]
-    assert pairs == [(0, 0), (1, 2), (2, 3)]
-    assert fewer == [(0, 0), (1, 3)]
-    layer = "encoder.encoder.layer.{}.output.dense.weight"
-    assert np.array_equal(start[layer.format(0)], taught[layer.format(1)])
-    assert len(layers_of(student.encoder)) == 1
-    assert same(end, weights(student))
-    assert [step["what"] for step in this.steps[1:]] == [
-        "2 of its 3 layers, not yet distilled",
-        "distilled with 2 layers",
-        "1 of its 2 layers, not yet distilled",
-    ]
-    shutil.rmtree(tmp_path / "run" / "stages" / "student-1")
-    again = run(tmp_path / "run", inputs, **sections, train={"batch_size": 8, "lr": 3e-3})
-    assert same(weights(distill(again.cfg, again)), end)
-    assert same(seen[-2][2], taught)
 
 
 def test_windows_without_a_label_teach_what_the_teacher_says_alone(tmp_path: Path) -> None:

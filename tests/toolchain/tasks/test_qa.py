@@ -134,23 +134,6 @@ def test_data_comes_back_from_its_folder_with_mask_and_tokenizer(tmp_path: Path)
             {"method": "qa_student", "teacher": {}, "student": {"dropout": 0.1}},
             "student.dropout: method qa_student cuts",
         ),
-        (
-            {"method": {"name": "qa_student"}, "teacher": {}, "student": {"layers": [2, 2]}},
-            "student.layers: expected fewer layers in every step, such as [6, 4], found [2, 2]",
-        ),
-        (
-            {"method": {"name": "qa_student", "epochs": [2]}, "teacher": {}, "student": {"layers": [2, 1]}},
-            "method.epochs: expected 2, one for each step of student.layers ([2, 1]), found [2]; or leave it out",
-        ),
-        (
-            {"method": {"name": "qa_student", "epochs": [2, 1]}, "teacher": {}, "student": {"layers": 2}},
-            "method.epochs: expected 1, one for each step of student.layers (2), found [2, 1]",
-        ),
-        (
-            {"method": {"name": "qa_student", "epochs": [2]}, "teacher": {}, "train": {"epochs": 3}},
-            "train.epochs: method.epochs, [2], stands in its place; give one of the two",
-        ),
-        ({"method": {"name": "qa_student", "epochs": []}, "teacher": {}}, "method.epochs: "),
         ({"method": "qa_student", "teacher": {}, "student": {"weights": "random"}}, "student.weights: method qa_stu"),
         ({"method": "qa_student", "teacher": {}, "student": {"options": SMALL}}, "student.options: method qa_student"),
         ({"teacher": {"options": SMALL}}, "is its own teacher"),

@@ -14,17 +14,7 @@ from toolchain.checkpoint import save_tensors
 from toolchain.tasks import qa
 from toolchain.tasks.backbones import ModelError
 from toolchain.tasks.qa_batches import SpanBatches, outputs
-from toolchain.tasks.qa_nets import (
-    build,
-    deploy,
-    kept_layers,
-    layer_steps,
-    layers_of,
-    load,
-    network,
-    save_extra,
-    smaller,
-)
+from toolchain.tasks.qa_nets import build, deploy, kept_layers, layers_of, load, network, save_extra, smaller
 from toolchain.tasks.qa_tokenizer import TokenizerError, parse, used_pieces
 
 
@@ -120,9 +110,6 @@ def test_layers_are_kept_evenly_and_the_last_always() -> None:
     assert kept_layers(3, 2) == [1, 2]
     with pytest.raises(ModelError, match="at most the teacher's 2"):
         kept_layers(2, 3)
-    assert [layer_steps(12, wanted) for wanted in (None, 6, [6, 4])] == [[12], [6], [6, 4]]
-    with pytest.raises(ModelError, match="at most the teacher's 2"):
-        layer_steps(2, [3, 1])
 
 
 def test_a_smaller_copy_reads_what_it_knows_as_before(tmp_path: Path) -> None:
