@@ -92,12 +92,13 @@ def run(job: Job) -> None:
         for row in rows:
             if row.worker is not None:
                 row.worker.close()
+    apart = any(found.get("rounds_apart") for one in measured.values() for found in one.latency.values())
     value = {
         "schema": SCHEMA,
         "task": job.config.get("task"),
         "metric": results["metric"],
         "environment": where,
-        "protocol": protocol(settings, results["samples"], any(one.cores_told for one in measured.values())),
+        "protocol": protocol(settings, results["samples"], apart),
         "settings": settings,
         "rows": results["rows"] + [_absent(name, reason) for name, reason in job.config.get("failed", {}).items()],
     }
@@ -262,7 +263,7 @@ def _absent(name: str, reason: str) -> dict[str, Any]:
     return _row(empty, Measured()) | {"id": None, "bytes": None, "status": "not made", "reason": reason}
 
 
-def protocol(settings: Mapping[str, Any], samples: int, cores_told: bool = False) -> list[str]:
+def protocol(settings: Mapping[str, Any], samples: int, apart: bool = False) -> list[str]:
     """How it was measured, in words that stand beside the numbers."""
     batches = ", ".join(map(str, sorted(settings["batches"])))
     text = [
@@ -289,7 +290,7 @@ def protocol(settings: Mapping[str, Any], samples: int, cores_told: bool = False
             "runtime included. Load time is cold: imports, hash checks and session in a fresh process."
         ),
     ]
-    if cores_told:
+    if apart:
         text.append(
             "Cores apart: when the round began, a core took long to read what the other had written. Two cores of a "
             "virtual machine may share a cache at one time and none at another; threads of small networks then gain "

@@ -361,11 +361,6 @@ class Measured:
     memory_mb: float | None = None
     first_call_ms: float | None = None
 
-    @property
-    def cores_told(self) -> bool:
-        """Whether of any round it is known if the cores were apart."""
-        return any(far is not None for rounds in self.apart.values() for far in rounds)
-
 
 def measure(workers: Sequence[Worker], settings: Mapping[str, Any], tick: Callable[[], None]) -> dict[str, Measured]:
     """Latency of loaded workers in interleaved rounds, batch size by batch size, then paced.

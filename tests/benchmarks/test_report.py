@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import bench, findings, plots, report, tables
+from benchmarks import bench, findings, plots, report, report_tables, tables
 from tests.benchmarks import tiny_task
 from tests.benchmarks.models import TASK, write_run
 from toolchain import artifact
@@ -60,7 +60,7 @@ def test_rounds_with_cores_apart_are_told_beside_their_spread() -> None:
         )
         for name, found in (("a", whole | {"rounds_apart": 2}), ("b", whole | {"rounds_apart": 0}), ("c", whole))
     ]
-    _, body = report._latency_table(rows)
+    _, body = report_tables.latency_table(rows)
     assert [line[8] for line in body] == [
         "40.0 % noisy; 2 of 5 rounds with cores apart",
         "40.0 % noisy",
@@ -171,7 +171,7 @@ def test_every_table_of_an_error_has_its_digits_and_direction() -> None:
         ["0.365", "−0.004"],
     ]
     assert "minADE: less is better, so a change above 0 is a loss." in tables.notes(summary)
-    title, body = report._accuracy_table(rows, METRES)
+    title, body = report_tables.accuracy_table(rows, METRES)
     assert title[1] == "minADE (m) ↓"
     assert body[2][1:4] == ["0.365", "–", "–"]
     assert body[2][5] == "−0.004"
@@ -337,7 +337,7 @@ def test_mistakes_come_first_and_are_marked(root: Path) -> None:
     assert [tile["right"] for tile in tiles] == [False] + 5 * [True]
     summary = json.loads((root / "report" / "summary.json").read_text(encoding="utf-8"))
     samples = {"kind": "classes", "tiles": tiles, "legend": [], "figures": []}
-    view = {"summary": summary, "tables": report.tables(summary), "ledger": ([], []), "notes": [], "failed": []}
+    view = {"summary": summary, "tables": report_tables.tables(summary), "ledger": ([], []), "notes": [], "failed": []}
     html = report.render_html(view | {"pareto": None, "training": [], "samples": samples, "environment": []})
     assert html.count("<b>✗ ") == 1
     assert html.count(" ✓") == 5
