@@ -27,7 +27,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from export import precision
     from tests.toolchain.qa_doubles import config, data, net
     from toolchain.checkpoint import save_tensors
-    from toolchain.tasks.qa_nets import save_extra, smaller
+    from toolchain.tasks.qa_nets import save_extra
+    from toolchain.tasks.qa_pruning import smaller
     from toolchain.tasks.qa_tokenizer import used_pieces
 
     root = tmp_path_factory.mktemp("chain")

@@ -259,7 +259,7 @@ class QaStudent(Section):
 
     ``ce``, ``kd`` and ``hidden`` weigh cross-entropy, softened logits, and the squared difference of layer-normalised
     hidden states. ``vocabulary``: ``used`` keeps the pieces of all texts of the training articles, and ``extra_pieces``
-    others.
+    others. ``repair``: the training after intermediate neurons are cut (``student.intermediate_size``).
     """
 
     name: Literal["qa_student"]
@@ -269,6 +269,7 @@ class QaStudent(Section):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     vocabulary: Literal["used", "full"] = "used"
     extra_pieces: Annotated[int, Field(ge=0)] = 0
+    repair: Recipe = Recipe(epochs=1)
 
 
 OPTIONS: dict[str, type[Section]] = {

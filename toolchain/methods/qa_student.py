@@ -1,4 +1,4 @@
-"""A smaller encoder for question answering: fewer layers and pieces of the teacher, then distilled from it.
+"""A smaller encoder for question answering: fewer layers, pieces and neurons of the teacher, then distilled from it.
 
     L = ce * CE + kd * KD(T) + hidden * 1/|K| sum_{i in K} mean ( LN(h_S,i) - LN(h_T,m(i)) )^2
 
@@ -7,13 +7,15 @@ arXiv 1908.09355) and TinyBERT (Jiao et al., arXiv 1909.10351) at the embeddings
 teacher's layer m(i) it was copied from; widths are equal, so there is no projection. Padding does not count.
 
 Deliberate deviations: states are layer-normalised without affine part instead of divided by their norm (Patient KD) or
-left as they are (TinyBERT), so that no layer outweighs another; one training with all terms. CE is 0 at windows of
+left as they are (TinyBERT), so that no layer outweighs another; one training with all terms. Intermediate neurons, if
+any, are cut out of the distilled student, which is then distilled once more by ``repair``. CE is 0 at windows of
 ``data.unlabelled_questions``: a label weighs the same whatever else is in its batch.
 """
 
 from __future__ import annotations
 
 import json
+from itertools import islice
 
 import numpy as np
 import torch
@@ -26,11 +28,15 @@ from toolchain.config import Config
 from toolchain.distiller import Batch, Distiller, Frozen
 from toolchain.losses import accuracy, cross_entropy, hinton_kd
 from toolchain.methods.options import QaStudent
+from toolchain.methods.self_distillation import recipe_of
 from toolchain.tasks.qa_batches import SpanBatches
 from toolchain.tasks.qa_data import UNLABELLED, USED
-from toolchain.tasks.qa_nets import QaNet, kept_layers, layers_of, load, smaller
+from toolchain.tasks.qa_nets import QaNet, load
+from toolchain.tasks.qa_pruning import layers_of, narrow, plan, smaller
 from toolchain.tasks.qa_tokenizer import TOKENIZER, check_same, used_pieces
 from toolchain.train import Run
+
+MEASURED = 32  # batches whose intermediate activations tell which neurons stay
 
 
 class Smaller(Distiller):
@@ -74,8 +80,7 @@ def distill(cfg: Config, run: Run) -> nn.Module:
         raise EdgestillError("method qa_student makes a student out of a teacher; add a teacher section to the config")
     teacher = load(run.inputs["teacher"])
     check_same(run.data.files[TOKENIZER], teacher.tokenizer, "the teacher")
-    total = len(layers_of(teacher.encoder))
-    layers = kept_layers(total, cfg.student.layers or total)
+    total, kept = len(layers_of(teacher.encoder)), plan(teacher.encoder, cfg.student)
     splits = tuple(name for name in ("first", "train", "unlabelled") if name in run.data.splits)
     batches = SpanBatches(run, splits, cfg.train.batch_size)
     used = np.array(json.loads(run.data.files[USED]), np.int64)
@@ -84,10 +89,18 @@ def distill(cfg: Config, run: Run) -> nn.Module:
         whole = int(teacher.encoder.config.vocab_size)
         what = f"{len(pieces):,} of its {whole:,} word pieces; {_lost(run, pieces)}"
         run.step(what, smaller(teacher, list(range(total)), pieces))
-    student = smaller(teacher, layers, pieces)
-    if len(layers) < total:
-        run.step(f"{len(layers)} of its {total} layers, not yet distilled", student)
-    return run.stage("student", Smaller(student, teacher, layers, o), batches, cfg.train, run.scorer())
+    student = smaller(teacher, kept.layers, pieces)
+    if len(kept.layers) < total:
+        run.step(f"{len(kept.layers)} of its {total} layers, not yet distilled", student)
+    run.stage("student", Smaller(student, teacher, kept.layers, o), batches, cfg.train, run.scorer())
+    if kept.width is None:
+        return student
+    whole = int(student.encoder.config.intermediate_size)
+    narrow(student, kept.width, islice(batches.epoch(0), MEASURED))
+    run.step(f"{kept.width} of its {whole} intermediate neurons in each layer, not yet repaired", student)
+    recipe = recipe_of(cfg.train, o.repair)
+    batches = SpanBatches(run, splits, recipe.batch_size)
+    return run.stage("repair", Smaller(student, teacher, kept.layers, o), batches, recipe, run.scorer())
 
 
 def _lost(run: Run, pieces: NDArray[np.int64]) -> str:

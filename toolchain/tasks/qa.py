@@ -178,9 +178,11 @@ class Encoder(Section):
 
 
 class StudentSection(Encoder):
-    """``layers``: with method qa_student, how many of the teacher's layers to keep."""
+    """``layers`` and ``intermediate_size``: with method qa_student, how many of the teacher's layers to keep, and how
+    many of the intermediate neurons in each; all unless said."""
 
     layers: Positive | None = None
+    intermediate_size: Positive | None = None
 
 
 class TeacherSection(Encoder):
@@ -203,7 +205,10 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
             faults.append((("teacher",), "method qa_student makes a student out of a teacher; add a teacher section"))
         default = Encoder()
         faults += [
-            (("student", name), "method qa_student cuts the student out of the teacher; give layers only")
+            (
+                ("student", name),
+                "method qa_student cuts the student out of the teacher; give layers and intermediate_size only",
+            )
             for name in Encoder.model_fields
             if getattr(config.student, name) != getattr(default, name)
         ]

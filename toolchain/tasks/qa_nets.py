@@ -1,7 +1,4 @@
-"""Encoders with a span head: any Hugging Face encoder, and what makes a trained one deployable.
-
-Dropping vocabulary and layers happens here too; the distillation that repairs it is ``methods/qa_student.py``.
-"""
+"""Encoders with a span head: any Hugging Face encoder, and what makes a trained one deployable."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from toolchain.artifact import Port, verify
 from toolchain.tasks import FILL
 from toolchain.tasks.backbones import WEIGHTS, ModelError, load_state, seeded
 from toolchain.tasks.nets import Deploy
-from toolchain.tasks.qa_tokenizer import TOKENIZER, check_same, encoder_folder, lookup, prune, read_tokenizer
+from toolchain.tasks.qa_tokenizer import TOKENIZER, check_same, encoder_folder, read_tokenizer
 
 if TYPE_CHECKING:
     from toolchain.tasks import Data
@@ -167,54 +164,6 @@ def network(run: Run) -> QaNet:
     return net
 
 
-# --- smaller
-
-
-def layers_of(encoder: Any) -> nn.ModuleList:
-    """The list of an encoder's layers, whatever the architecture calls it. Raises ModelError."""
-    count = int(encoder.config.num_hidden_layers)
-    lists = (module for module in encoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
-    found = next(lists, None)
-    if found is None:
-        raise ModelError(
-            f"{type(encoder).__name__}: found no list of its {count} layers; method qa_student cannot cut it"
-        )
-    return found
-
-
-def kept_layers(total: int, count: int) -> list[int]:
-    """``count`` of ``total`` layers, evenly, the last among them: 12 to 4 gives 2, 5, 8, 11."""
-    if count > total:
-        raise ModelError(f"student.layers: expected at most the teacher's {total}, found {count}")
-    return [round((index + 1) * total / count) - 1 for index in range(count)]
-
-
-def smaller(net: QaNet, layers: list[int], pieces: NDArray[np.int64] | None) -> QaNet:
-    """A copy of ``net`` with some of its ``layers``, and of its vocabulary only ``pieces`` (old numbers, sorted)."""
-    result = copy.deepcopy(net)
-    chosen = layers_of(result.encoder)
-    modules = [chosen[index] for index in layers]
-    while len(chosen):
-        del chosen[0]
-    chosen.extend(modules)
-    result.encoder.config.num_hidden_layers = len(layers)
-    if pieces is None:
-        return result
-    old = result.encoder.get_input_embeddings()
-    new = {int(number): place for place, number in enumerate(pieces)}
-    pad = new.get(int(net.settings["pad"]), 0)
-    embedding = nn.Embedding(len(pieces), old.embedding_dim, padding_idx=pad)
-    with torch.no_grad():
-        embedding.weight.copy_(old.weight[torch.from_numpy(pieces)])
-    result.encoder.set_input_embeddings(embedding)
-    result.encoder.config.vocab_size, result.encoder.config.pad_token_id = len(pieces), pad
-    result.tokenizer = prune(net.tokenizer, pieces)
-    table = lookup(net.tokenizer, result.tokenizer, pieces, old.num_embeddings)
-    result.register_buffer("table", torch.from_numpy(table), persistent=False)
-    result.settings |= {"separator": new[int(net.settings["separator"])], "pad": pad}
-    return result
-
-
 # --- artifacts
 
 
@@ -287,6 +236,8 @@ def deploy(model: nn.Module, info: Mapping[str, Any]) -> Deploy:
 
 def dry_run(config: Any, data: Data) -> dict[str, str]:
     """The encoder of the config on two real windows, described."""
+    from toolchain.tasks.qa_pruning import plan
+
     section = config.student if config.teacher is None else config.teacher
     net = build(section, data.info, config.seed).eval()
     feeds = data.splits["train"].feed(slice(0, 2))
@@ -296,6 +247,5 @@ def dry_run(config: Any, data: Data) -> dict[str, str]:
     role = "student" if config.teacher is None else "teacher"
     found = {role: f"{section.model}: {list(feeds['input_ids'].shape)} -> {list(out.shape)}, {count:,} parameters"}
     if config.teacher is not None:
-        total = int(net.encoder.config.num_hidden_layers)
-        found["student"] = f"layers {kept_layers(total, config.student.layers or total)} of the teacher's {total}"
+        found["student"] = plan(net.encoder, config.student).words
     return found

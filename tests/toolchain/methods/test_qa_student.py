@@ -13,7 +13,7 @@ from toolchain.methods.qa_student import Smaller, distill, state_distance
 from toolchain.tasks import load_task
 from toolchain.tasks.qa_batches import SpanBatches
 from toolchain.tasks.qa_data import UNLABELLED
-from toolchain.tasks.qa_nets import layers_of, smaller
+from toolchain.tasks.qa_pruning import layers_of, smaller
 from toolchain.tasks.qa_tokenizer import TokenizerError
 from toolchain.train import Run
 

@@ -14,7 +14,8 @@ from toolchain.checkpoint import save_tensors
 from toolchain.tasks import qa
 from toolchain.tasks.backbones import ModelError
 from toolchain.tasks.qa_batches import SpanBatches, outputs
-from toolchain.tasks.qa_nets import build, deploy, kept_layers, layers_of, load, network, save_extra, smaller
+from toolchain.tasks.qa_nets import build, deploy, load, network, save_extra
+from toolchain.tasks.qa_pruning import kept_layers, layers_of, smaller
 from toolchain.tasks.qa_tokenizer import TokenizerError, parse, used_pieces
 
 
