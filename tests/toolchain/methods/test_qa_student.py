@@ -64,6 +64,24 @@ def test_a_smaller_student_learns_from_the_teachers_artifact(tmp_path: Path) -> 
     assert pruned["val"] == pytest.approx(this.scorer()(teacher), abs=1e-4)
 
 
+def test_neurons_are_cut_out_of_the_distilled_student_which_is_then_repaired(tmp_path: Path) -> None:
+    wide = {"options": SMALL | {"intermediate_size": 24}}
+    inputs = {"teacher": saved(net(tmp_path / "t", student=wide), tmp_path / "teacher")}
+    method = METHOD | {"repair": {"epochs": 2, "lr": 1e-3}}
+    sections = {"method": method, "teacher": wide, "student": {"layers": 1, "intermediate_size": 10}}
+    sections |= {"train": {"epochs": 1, "batch_size": 8, "lr": 3e-3}}
+    this = run(tmp_path / "run", inputs, **sections)
+    student = distill(this.cfg, this)
+    assert [(record["name"], record["epochs"]) for record in this.records] == [("student", 1), ("repair", 2)]
+    _, cut, narrowed = this.steps
+    assert narrowed["what"] == "10 of its 24 intermediate neurons in each layer, not yet repaired"
+    assert cut["parameters"] - narrowed["parameters"] == 14 * (16 + 1 + 16)
+    assert sum(p.numel() for p in student.parameters()) == narrowed["parameters"]
+    again = run(tmp_path / "run", inputs, **sections)
+    assert same(weights(student), weights(distill(again.cfg, again)))
+    assert again.records == this.records
+
+
 def test_windows_without_a_label_teach_what_the_teacher_says_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = net(tmp_path)

@@ -14,9 +14,8 @@ from toolchain.checkpoint import save_tensors
 from toolchain.tasks import qa
 from toolchain.tasks.backbones import ModelError
 from toolchain.tasks.qa_batches import SpanBatches, outputs
-from toolchain.tasks.qa_nets import build, deploy, load, network, save_extra
-from toolchain.tasks.qa_pruning import kept_layers, layers_of, smaller
-from toolchain.tasks.qa_tokenizer import TokenizerError, parse, used_pieces
+from toolchain.tasks.qa_nets import build, load, network, save_extra
+from toolchain.tasks.qa_tokenizer import TokenizerError, parse
 
 
 def feeds(count: int = 3, split: str = "test") -> list[torch.Tensor]:
@@ -105,36 +104,6 @@ def test_an_artifact_is_enough_to_load_a_network(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "student")
 
 
-def test_layers_are_kept_evenly_and_the_last_always() -> None:
-    assert kept_layers(12, 4) == [2, 5, 8, 11]
-    assert kept_layers(12, 12) == list(range(12))
-    assert kept_layers(3, 2) == [1, 2]
-    with pytest.raises(ModelError, match="at most the teacher's 2"):
-        kept_layers(2, 3)
-
-
-def test_a_smaller_copy_reads_what_it_knows_as_before(tmp_path: Path) -> None:
-    model = net(tmp_path / "run")
-    ids, mask = feeds(8)
-    pieces = used_pieces(model.tokenizer, [ids.numpy()])
-    assert len(pieces) < data().info["pieces"]
-    copy = smaller(model, [0, 1], pieces)
-    torch.testing.assert_close(copy(ids, mask), model(ids, mask))
-    assert copy.settings["separator"] == parse(copy.tokenizer).token_to_id("[SEP]")
-    assert copy.own(ids).max() < len(pieces)
-    lost = np.setdiff1d(np.arange(data().info["pieces"]), pieces)
-    assert copy.own(torch.from_numpy(lost)).max() < len(pieces)
-    half = smaller(model, [1], None)
-    assert len(layers_of(half.encoder)) == 1
-    assert torch.equal(
-        layers_of(half.encoder)[0].state_dict()["output.dense.weight"],
-        layers_of(model.encoder)[1].state_dict()["output.dense.weight"],
-    )
-    again = load(saved(smaller(model, [1], pieces), tmp_path / "student"))
-    assert again(ids, mask).isfinite().all()
-    assert list(deploy(again, {}).arrays) == ["lookup.input_ids.npy"]
-
-
 def test_batches_are_of_like_length_and_cover_the_set(tmp_path: Path) -> None:
     batches = SpanBatches(run(tmp_path), ("first", "train"), 8)
     total = len(data().splits["first"]) + len(data().splits["train"])
@@ -169,4 +138,8 @@ def test_a_dry_run_describes_student_and_teacher() -> None:
     assert "-> [2, " in qa.dry_run(config(), data())["student"]
     both = config(method="qa_student", teacher={"options": SMALL}, student={"layers": 1})
     assert qa.dry_run(both, data())["student"] == "layers [1] of the teacher's 2"
+    wide = {"options": SMALL | {"intermediate_size": 24}}
+    both = config(method="qa_student", teacher=wide, student={"intermediate_size": 8})
+    words = "layers [0, 1] of the teacher's 2, 8 of its 24 intermediate neurons in each"
+    assert qa.dry_run(both, data())["student"] == words
     assert DATA["ntl"] == 1
