@@ -259,7 +259,8 @@ class QaStudent(Section):
 
     ``ce``, ``kd`` and ``hidden`` weigh cross-entropy, softened logits, and the squared difference of layer-normalised
     hidden states. ``vocabulary``: ``used`` keeps the pieces of all texts of the training articles, and ``extra_pieces``
-    others. ``repair``: the training after intermediate neurons are cut (``student.intermediate_size``).
+    others. ``intermediate_size``: how many intermediate neurons the distilled student keeps in each layer (None: all);
+    ``repair``: the training after the others are cut.
     """
 
     name: Literal["qa_student"]
@@ -269,6 +270,7 @@ class QaStudent(Section):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     vocabulary: Literal["used", "full"] = "used"
     extra_pieces: Annotated[int, Field(ge=0)] = 0
+    intermediate_size: Positive | None = None
     repair: Recipe = Recipe(epochs=1)
 
 

@@ -80,7 +80,7 @@ def distill(cfg: Config, run: Run) -> nn.Module:
         raise EdgestillError("method qa_student makes a student out of a teacher; add a teacher section to the config")
     teacher = load(run.inputs["teacher"])
     check_same(run.data.files[TOKENIZER], teacher.tokenizer, "the teacher")
-    total, kept = len(layers_of(teacher.encoder)), plan(teacher.encoder, cfg.student)
+    total, kept = len(layers_of(teacher.encoder)), plan(teacher.encoder, cfg.student.layers, o.intermediate_size)
     splits = tuple(name for name in ("first", "train", "unlabelled") if name in run.data.splits)
     batches = SpanBatches(run, splits, cfg.train.batch_size)
     used = np.array(json.loads(run.data.files[USED]), np.int64)

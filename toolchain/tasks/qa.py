@@ -178,11 +178,9 @@ class Encoder(Section):
 
 
 class StudentSection(Encoder):
-    """``layers`` and ``intermediate_size``: with method qa_student, how many of the teacher's layers to keep, and how
-    many of the intermediate neurons in each; all unless said."""
+    """``layers``: with method qa_student, how many of the teacher's layers to keep."""
 
     layers: Positive | None = None
-    intermediate_size: Positive | None = None
 
 
 class TeacherSection(Encoder):
@@ -207,7 +205,7 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
         faults += [
             (
                 ("student", name),
-                "method qa_student cuts the student out of the teacher; give layers and intermediate_size only",
+                "method qa_student cuts the student out of the teacher; give layers only",
             )
             for name in Encoder.model_fields
             if getattr(config.student, name) != getattr(default, name)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from torch import Tensor, nn
 from toolchain.tasks.backbones import ModelError
 from toolchain.tasks.qa_nets import QaNet
 from toolchain.tasks.qa_tokenizer import lookup, prune
-
-if TYPE_CHECKING:
-    from toolchain.tasks.qa import StudentSection
 
 
 def layers_of(encoder: Any) -> nn.ModuleList:
@@ -46,18 +43,17 @@ class Plan:
     words: str
 
 
-def plan(encoder: Any, section: StudentSection) -> Plan:
-    """What a student section keeps of the teacher's encoder. Raises ModelError."""
-    total = int(encoder.config.num_hidden_layers)
-    layers = kept_layers(total, section.layers or total)
-    words = f"layers {layers} of the teacher's {total}"
-    width, whole = section.intermediate_size, None
+def plan(encoder: Any, layers: int | None, width: int | None) -> Plan:
+    """What is kept of the teacher's encoder; None keeps all. Raises ModelError."""
+    total, whole = int(encoder.config.num_hidden_layers), None
+    kept = kept_layers(total, layers or total)
+    words = f"layers {kept} of the teacher's {total}"
     if width is not None:
         whole = intermediate_size(encoder)
         if width > whole:
-            raise ModelError(f"student.intermediate_size: expected at most the teacher's {whole}, found {width}")
+            raise ModelError(f"method.intermediate_size: expected at most the teacher's {whole}, found {width}")
         words += f", {width} of its {whole} intermediate neurons in each"
-    return Plan(layers, None if width == whole else width, words)
+    return Plan(kept, None if width == whole else width, words)
 
 
 def kept_layers(total: int, count: int) -> list[int]:
@@ -100,7 +96,7 @@ def intermediate_size(encoder: Any) -> int:
     """The encoder's intermediate neurons per layer. Raises ModelError unless `narrow` can cut them."""
     total = getattr(encoder.config, "intermediate_size", None)
     if total is None:
-        raise ModelError(f"student.intermediate_size: {type(encoder).__name__} has no such size; leave the key out")
+        raise ModelError(f"method.intermediate_size: {type(encoder).__name__} has no such size; leave the key out")
     for layer in layers_of(encoder):
         _feed_forward(layer, total)
     return int(total)
@@ -113,7 +109,7 @@ def _feed_forward(layer: nn.Module, total: int) -> tuple[nn.Linear, nn.Linear]:
     out = [module for module in linear if module.in_features == total]
     if len(into) != 1 or len(out) != 1 or into[0] is out[0]:
         raise ModelError(
-            f"student.intermediate_size: expected one linear map to the {total} intermediate neurons of a "
+            f"method.intermediate_size: expected one linear map to the {total} intermediate neurons of a "
             f"{type(layer).__name__} and one from them, found {len(into)} and {len(out)}; leave the key out"
         )
     return into[0], out[0]

@@ -67,8 +67,8 @@ def test_a_smaller_student_learns_from_the_teachers_artifact(tmp_path: Path) -> 
 def test_neurons_are_cut_out_of_the_distilled_student_which_is_then_repaired(tmp_path: Path) -> None:
     wide = {"options": SMALL | {"intermediate_size": 24}}
     inputs = {"teacher": saved(net(tmp_path / "t", student=wide), tmp_path / "teacher")}
-    method = METHOD | {"repair": {"epochs": 2, "lr": 1e-3}}
-    sections = {"method": method, "teacher": wide, "student": {"layers": 1, "intermediate_size": 10}}
+    method = METHOD | {"intermediate_size": 10, "repair": {"epochs": 2, "lr": 1e-3}}
+    sections = {"method": method, "teacher": wide, "student": {"layers": 1}}
     sections |= {"train": {"epochs": 1, "batch_size": 8, "lr": 3e-3}}
     this = run(tmp_path / "run", inputs, **sections)
     student = distill(this.cfg, this)

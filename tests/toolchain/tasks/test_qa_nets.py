@@ -139,7 +139,7 @@ def test_a_dry_run_describes_student_and_teacher() -> None:
     both = config(method="qa_student", teacher={"options": SMALL}, student={"layers": 1})
     assert qa.dry_run(both, data())["student"] == "layers [1] of the teacher's 2"
     wide = {"options": SMALL | {"intermediate_size": 24}}
-    both = config(method="qa_student", teacher=wide, student={"intermediate_size": 8})
+    both = config(method={"name": "qa_student", "intermediate_size": 8}, teacher=wide, student={})
     words = "layers [0, 1] of the teacher's 2, 8 of its 24 intermediate neurons in each"
     assert qa.dry_run(both, data())["student"] == words
     assert DATA["ntl"] == 1

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import DistilBertConfig, DistilBertModel
 
-from tests.toolchain.qa_doubles import SMALL, config, data, net, run
+from tests.toolchain.qa_doubles import SMALL, data, net, run
 from tests.toolchain.tasks.test_qa_nets import feeds, saved
 from toolchain.tasks.backbones import ModelError
 from toolchain.tasks.qa_batches import SpanBatches
-from toolchain.tasks.qa_nets import QaNet, build, deploy, load
+from toolchain.tasks.qa_nets import QaNet, deploy, load
 from toolchain.tasks.qa_pruning import kept_layers, layers_of, narrow, plan, smaller
 from toolchain.tasks.qa_tokenizer import parse, used_pieces
 
@@ -96,14 +96,12 @@ def test_neurons_that_never_change_cost_nothing(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
-    section = config(method="qa_student", teacher=WIDE, student={"intermediate_size": 32}).student
     encoder = wide(tmp_path).encoder
     with pytest.raises(ModelError, match="intermediate_size: expected at most the teacher's 24, found 32"):
-        plan(encoder, section)
+        plan(encoder, 1, 32)
     with pytest.raises(ModelError, match=r"one linear map to the 16 intermediate .* found 6 and 6; leave the key out"):
-        plan(net(tmp_path).encoder, section)
+        plan(net(tmp_path).encoder, 1, 8)
     other = DistilBertModel(DistilBertConfig(vocab_size=9, dim=8, hidden_dim=12, n_layers=1, n_heads=2))
     with pytest.raises(ModelError, match="DistilBertModel has no such size; leave the key out"):
-        plan(other, section)
-    whole = config(method="qa_student", teacher=WIDE, student={"intermediate_size": 24}).student
-    assert plan(build(config(student=WIDE).student, data().info, 0).encoder, whole).width is None
+        plan(other, 1, 8)
+    assert plan(encoder, None, 24).width is None
