@@ -260,7 +260,7 @@ class QaStudent(Section):
     ``ce``, ``kd`` and ``hidden`` weigh cross-entropy, softened logits, and the squared difference of layer-normalised
     hidden states. ``vocabulary``: ``used`` keeps the pieces of all texts of the training articles, and ``extra_pieces``
     others. ``intermediate_size``: how many intermediate neurons the distilled student keeps in each layer (None: all);
-    ``repair``: the training after the others are cut.
+    ``repair``: the training after the others are cut (None: none; few may go unmissed).
     """
 
     name: Literal["qa_student"]
@@ -271,7 +271,7 @@ class QaStudent(Section):
     vocabulary: Literal["used", "full"] = "used"
     extra_pieces: Annotated[int, Field(ge=0)] = 0
     intermediate_size: Positive | None = None
-    repair: Recipe = Recipe(epochs=1)
+    repair: Recipe | None = Recipe(epochs=1)
 
 
 OPTIONS: dict[str, type[Section]] = {

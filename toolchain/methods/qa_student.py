@@ -8,7 +8,7 @@ teacher's layer m(i) it was copied from; widths are equal, so there is no projec
 
 Deliberate deviations: states are layer-normalised without affine part instead of divided by their norm (Patient KD) or
 left as they are (TinyBERT), so that no layer outweighs another; one training with all terms. Intermediate neurons, if
-any, are cut out of the distilled student, which is then distilled once more by ``repair``. CE is 0 at windows of
+any, are cut out of the distilled student, which ``repair`` then distils once more. CE is 0 at windows of
 ``data.unlabelled_questions``: a label weighs the same whatever else is in its batch.
 """
 
@@ -96,8 +96,11 @@ def distill(cfg: Config, run: Run) -> nn.Module:
     if kept.width is None:
         return student
     whole = int(student.encoder.config.intermediate_size)
+    run.step(f"distilled, with all {whole} intermediate neurons in each layer", student)
     narrow(student, kept.width, islice(batches.epoch(0), MEASURED))
-    run.step(f"{kept.width} of its {whole} intermediate neurons in each layer, not yet repaired", student)
+    run.step(f"{kept.width} of its {whole} intermediate neurons in each layer, not repaired", student)
+    if o.repair is None:
+        return student
     recipe = recipe_of(cfg.train, o.repair)
     batches = SpanBatches(run, splits, recipe.batch_size)
     return run.stage("repair", Smaller(student, teacher, kept.layers, o), batches, recipe, run.scorer())

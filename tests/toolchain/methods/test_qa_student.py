@@ -73,13 +73,20 @@ def test_neurons_are_cut_out_of_the_distilled_student_which_is_then_repaired(tmp
     this = run(tmp_path / "run", inputs, **sections)
     student = distill(this.cfg, this)
     assert [(record["name"], record["epochs"]) for record in this.records] == [("student", 1), ("repair", 2)]
-    _, cut, narrowed = this.steps
-    assert narrowed["what"] == "10 of its 24 intermediate neurons in each layer, not yet repaired"
+    _, cut, distilled, narrowed = this.steps
+    assert distilled["what"] == "distilled, with all 24 intermediate neurons in each layer"
+    assert distilled["parameters"] == cut["parameters"]
+    assert narrowed["what"] == "10 of its 24 intermediate neurons in each layer, not repaired"
     assert cut["parameters"] - narrowed["parameters"] == 14 * (16 + 1 + 16)
     assert sum(p.numel() for p in student.parameters()) == narrowed["parameters"]
     again = run(tmp_path / "run", inputs, **sections)
     assert same(weights(student), weights(distill(again.cfg, again)))
     assert again.records == this.records
+    sections["method"] = method | {"repair": None}
+    bare = run(tmp_path / "bare", inputs, **sections)
+    assert sum(p.numel() for p in distill(bare.cfg, bare).parameters()) == narrowed["parameters"]
+    assert [record["name"] for record in bare.records] == ["student"]
+    assert bare.steps == this.steps
 
 
 def test_windows_without_a_label_teach_what_the_teacher_says_alone(tmp_path: Path) -> None:
