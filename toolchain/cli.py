@@ -225,6 +225,7 @@ def study(
     out: Annotated[Path, typer.Option("--out", help="Folder of the results file.")] = Path("benchmarks/results"),
     work: Annotated[Path, typer.Option("--work", help="Folder for caches.")] = Path("runs/studies"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every run's config; list what is left.")] = False,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="So many datasets side by side.")] = 1,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -233,7 +234,7 @@ def study(
     def action() -> None:
         from toolchain import commands
 
-        result = commands.study(config, overrides or [], out, work, dry_run=dry_run)
+        result = commands.study(config, overrides or [], out, work, dry_run=dry_run, jobs=jobs)
         if json:
             _print_json(result)
 

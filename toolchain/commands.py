@@ -310,10 +310,10 @@ def doctor(*, show: bool) -> list[dict[str, Any]]:
     return checks
 
 
-def study(config: Path, overrides: Sequence[str], out: Path, work: Path, *, dry_run: bool) -> dict[str, Any]:
+def study(config: Path, overrides: Sequence[str], out: Path, work: Path, *, dry_run: bool, jobs: int) -> dict[str, Any]:
     from toolchain import study as studies
 
-    return studies.run(config, overrides, out, work, dry_run=dry_run)
+    return studies.run(config, overrides, out, work, dry_run=dry_run, jobs=jobs)
 
 
 def _make(module: str, job: Job) -> None:

@@ -28,6 +28,8 @@ from toolchain.config import Config
 from toolchain.stage import INTERRUPTED, STOPS, Job, console
 from toolchain.tasks import load_task
 
+POLL_S = 0.1  # between looks at processes side by side
+
 
 class StageError(EdgestillError):
     """A stage failed; the message is the stage's own."""
@@ -184,7 +186,12 @@ class Pipeline:
     def _check_networks(self) -> None:
         """Before a teacher costs time: a network that cannot be built from this config ends the run."""
         command = child.command("toolchain.dryrun", str(self.root / "config.json"), str(self.root / "data"))
-        code = _wait(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            code = process.wait()
+        except KeyboardInterrupt as stop:
+            _stop([process], isinstance(stop, Terminated))
+            raise
         if code in (INTERRUPTED, -signal.SIGINT):
             raise KeyboardInterrupt
         if code:
@@ -230,28 +237,69 @@ class Pipeline:
 
 def perform(module: str, job: Job) -> None:
     """Run one stage in a process, and tell what it wrote. Raises StageError, or KeyboardInterrupt once it saved."""
+    for _, error in side_by_side(module, [job], 1):
+        if error is not None:
+            raise error
+
+
+def side_by_side(module: str, jobs: Sequence[Job], most: int) -> Iterator[tuple[Job, StageError | None]]:
+    """Run stages in a process each, ``most`` at a time; each as it ends, with what went wrong, which stops no other.
+
+    Raises KeyboardInterrupt once all that ran have saved.
+    """
+    waiting, running, terminate = list(jobs), dict[subprocess.Popen[bytes], _Started](), True
+    try:
+        while waiting or running:
+            while waiting and len(running) < most:
+                started = _Started(waiting.pop(0))
+                running[_start(module, started)] = started
+            process = _first(list(running))
+            started = running.pop(process)
+            try:
+                _finish(started, process.returncode)
+            except StageError as error:
+                yield started.job, error
+            else:
+                yield started.job, None
+    except KeyboardInterrupt as stop:
+        terminate = isinstance(stop, Terminated) or most > 1
+        raise
+    finally:
+        _stop(list(running), terminate)
+
+
+class _Started:
+    """A stage whose process runs, and its files."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.since = job, time.perf_counter()
+        self.path = job.work.with_name(f"{job.out.name}.job.json")
+        self.error_path = self.path.with_suffix(".error")
+
+
+def _start(module: str, started: _Started) -> subprocess.Popen[bytes]:
+    job = started.job
     job.work.mkdir(parents=True, exist_ok=True)
-    path = job.work.with_name(f"{job.out.name}.job.json")
-    path.write_text(job.to_json(), encoding="utf-8")
-    error_path = path.with_suffix(".error")
-    error_path.unlink(missing_ok=True)
-    start = time.perf_counter()
-    command = _command(module, job, path)
-    code = _wait(subprocess.Popen(command, env=_environment(module), preexec_fn=_as_stage))
+    started.path.write_text(job.to_json(), encoding="utf-8")
+    started.error_path.unlink(missing_ok=True)
+    return subprocess.Popen(_command(module, job, started.path), env=_environment(module), preexec_fn=_as_stage)
+
+
+def _finish(started: _Started, code: int) -> None:
+    job = started.job
     if code == INTERRUPTED or code == -signal.SIGINT:
         raise KeyboardInterrupt
     if code != 0:
-        raise StageError(_reason(job, code, error_path))
+        raise StageError(_reason(job, code, started.error_path))
     if not artifact.is_whole(job.out):
         raise StageError(f"{job.stage}: ended without writing {job.out}")
     artifact.remove(job.work)
-    path.unlink()
+    started.path.unlink()
     with contextlib.suppress(OSError):
         job.work.parent.rmdir()
     size = sum(entry["bytes"] for entry in artifact.read(job.out).files.values())
-    console.print(
-        f"    {job.out}  {human_bytes(size)}  {time.perf_counter() - start:.1f} s", style="green", markup=False
-    )
+    took = time.perf_counter() - started.since
+    console.print(f"    {job.out}  {human_bytes(size)}  {took:.1f} s", style="green", markup=False)
 
 
 def _environment(module: str) -> dict[str, str]:
@@ -284,18 +332,28 @@ def _devices(processes: int) -> list[str]:
     return ["--multi_gpu"] if count else ["--cpu"]
 
 
-def _wait(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return process.wait()
-    except KeyboardInterrupt as stop:
-        if isinstance(stop, Terminated):
+def _first(running: Sequence[subprocess.Popen[bytes]]) -> subprocess.Popen[bytes]:
+    """The first that ends."""
+    if len(running) == 1:
+        running[0].wait()
+    while True:
+        for process in running:
+            if process.poll() is not None:
+                return process
+        time.sleep(POLL_S)
+
+
+def _stop(running: Sequence[subprocess.Popen[bytes]], terminate: bool) -> None:
+    """Let them save. A terminal's Ctrl-C reaches all by itself; ``terminate`` asks them to stop."""
+    for process in running:
+        if terminate:
             process.terminate()
+    for process in running:
         with contextlib.suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
             process.wait(timeout=30)
         if process.poll() is None:
             process.kill()
             process.wait()
-        raise
 
 
 def _reason(job: Job, code: int, error_path: Path) -> str:

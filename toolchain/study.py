@@ -34,7 +34,7 @@ from toolchain.config import (
     validate,
     validate_section,
 )
-from toolchain.pipeline import Pipeline, StageError, lock, perform, plan, resumable
+from toolchain.pipeline import Pipeline, StageError, lock, plan, resumable, side_by_side
 from toolchain.section import Section
 from toolchain.stage import Job, console, main
 from toolchain.tasks import digits_of, load_data
@@ -183,8 +183,13 @@ def _lines(results: Path) -> Iterator[str]:
         yield from text.splitlines()
 
 
-def run(path: Path, overrides: Sequence[str], out: Path, work: Path, *, dry_run: bool = False) -> dict[str, Any]:
-    """Run what is left of a study and append its rows to ``out/<study>.jsonl``."""
+def run(
+    path: Path, overrides: Sequence[str], out: Path, work: Path, *, dry_run: bool = False, jobs: int = 1
+) -> dict[str, Any]:
+    """Run what is left of a study and append its rows to ``out/<study>.jsonl``.
+
+    ``jobs``: so many groups, of the runs of one dataset and teacher, side by side.
+    """
     study, planned = rows(path, overrides)
     results = out / f"{study.study}.jsonl"
     left = _left(planned, results)
@@ -198,17 +203,26 @@ def run(path: Path, overrides: Sequence[str], out: Path, work: Path, *, dry_run:
     for folder in (out, root):
         folder.mkdir(parents=True, exist_ok=True)
     failures = []
+
+    def failed(name: str, error: StageError) -> None:
+        console.print(f"{name}: {error}", style="red", markup=False)
+        failures.append(str(error))
+
     command = ["edgestill", "study", str(path), *overrides, "--out", str(out), "--work", str(work)]
+    command += ["--jobs", str(jobs)] if jobs > 1 else []
     with resumable(command), lock(root):
+        ready = []
         for shared, group in _groups(_left(planned, results), root):
             try:
                 _shared(shared, group[0].config)
-                job = _job(study, shared, group, results)
-                perform("toolchain.study", job)
-                artifact.remove(job.out)
+                ready.append(_job(study, shared, group, results))
             except StageError as error:
-                console.print(f"{shared.name}: {error}", style="red", markup=False)
-                failures.append(str(error))
+                failed(shared.name, error)
+        for job, fault in side_by_side("toolchain.study", ready, jobs):
+            if fault is None:
+                artifact.remove(job.out)
+            else:
+                failed(job.out.name, fault)
     if failures:
         still = len(_left(planned, results))
         raise EdgestillError(f"{study.study}: {still} of {len(planned)} runs are not done:\n" + "\n".join(failures))

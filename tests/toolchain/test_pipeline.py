@@ -18,6 +18,7 @@ import pytest
 from toolchain import artifact, pipeline
 from toolchain.artifact import EdgestillError
 from toolchain.pipeline import Pipeline, Stage, StageError, measure, plan
+from toolchain.stage import Job
 
 STAGE = """
 import os, sys, time
@@ -27,6 +28,8 @@ from toolchain.stage import main
 def run(job):
     with open(os.environ["TRACE"], "a") as trace:
         trace.write(job.stage + "\\n")
+    while len(open(os.environ["TRACE"]).readlines()) < job.config.get("meets", 0):
+        time.sleep(0.01)
     if job.config.get("fail"):
         raise EdgestillError(job.config["fail"])
     if job.config.get("crash"):
@@ -188,6 +191,37 @@ def test_a_stage_dies_with_its_pipeline(tmp_path: Path) -> None:
     time.sleep(0.2)
     started = subprocess.run(["pgrep", "-f", str(tmp_path / "run")], capture_output=True, check=False)
     assert started.stdout == b""
+
+
+def test_stages_run_side_by_side_and_a_failed_one_stops_no_other(tmp_path: Path) -> None:
+    configs: dict[str, dict[str, Any]] = {"a": {"meets": 2, "fail": "no luck"}, "b": {"meets": 3}, "c": {}, "d": {}}
+    jobs = [Job(name, tmp_path / "run" / name, config) for name, config in configs.items()]
+    ended = list(pipeline.side_by_side("written_stage", jobs, 2))
+    assert ended[0][0].stage == "a"
+    assert {job.stage: str(error) for job, error in ended if error} == {"a": "no luck"}
+    assert {job.stage for job, _ in ended} == set(configs)
+    assert all(artifact.verify(tmp_path / "run" / name).stage == name for name in "bcd")
+    assert sorted(trace(tmp_path)) == list("abcd")
+
+
+def test_all_that_run_side_by_side_are_stopped(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path\nfrom toolchain import pipeline\nfrom toolchain.stage import Job, guard\n"
+        "jobs = [Job(name, Path(sys.argv[1]) / name, {'meets': 9}) for name in 'abc']\n"
+        "def work():\n    with pipeline.resumable(['the', 'command']):\n"
+        "        list(pipeline.side_by_side('written_stage', jobs, 2))\n"
+        "sys.exit(guard(work))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while len(trace(tmp_path) if (tmp_path / "trace").exists() else []) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.terminate()
+    said = process.communicate(timeout=20)[1]
+    assert (process.returncode, "the command" in said, "Traceback" in said) == (130, True, False)
+    assert sorted(trace(tmp_path)) == ["a", "b"]
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "run")], capture_output=True, check=False)
+    assert left.stdout == b""
 
 
 def test_sigterm_says_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

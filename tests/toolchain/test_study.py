@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from toolchain import study
 from toolchain.artifact import EdgestillError
-from toolchain.config import ConfigError
+from toolchain.config import Config, ConfigError
 from toolchain.pipeline import StageError, lock
 from toolchain.stage import Job
 
@@ -48,14 +49,17 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Stages that train nothing: every run of a group gets its row, but those named in ``fails``."""
     jobs: list[Job] = []
 
-    def perform(module: str, job: Job) -> None:
-        jobs.append(job)
-        for item in job.config["runs"]:
-            row = {key: item[key] for key in ("dataset", "method", "seed")} | {"config_sha256": item["sha256"]}
-            with Path(job.config["results"]).open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    def side_by_side(module: str, given: list[Job], most: int) -> Iterator[tuple[Job, StageError | None]]:
+        assert (module, most) == ("toolchain.study", 1)
+        for job in given:
+            jobs.append(job)
+            for item in job.config["runs"]:
+                row = {key: item[key] for key in ("dataset", "method", "seed")} | {"config_sha256": item["sha256"]}
+                with Path(job.config["results"]).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            yield job, None
 
-    monkeypatch.setattr(study, "perform", perform)
+    monkeypatch.setattr(study, "side_by_side", side_by_side)
     monkeypatch.setattr(study, "_shared", lambda root, config: root.mkdir(parents=True, exist_ok=True))
     return jobs
 
@@ -216,18 +220,31 @@ def test_checkpoints_of_a_run_outlive_the_shared_stages(path: Path, trained: lis
 
 
 def test_one_failed_group_stops_no_other(path: Path, trained: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    perform = study.perform
+    side_by_side = study.side_by_side
 
-    def failing(module: str, job: Job) -> None:
-        if not trained:
-            trained.append(job)
-            raise StageError("fitnet seed 0: loss is nan")
-        perform(module, job)
+    def failing(module: str, jobs: list[Job], most: int) -> Iterator[tuple[Job, StageError | None]]:
+        yield jobs[0], StageError("fitnet seed 0: loss is nan")
+        yield from side_by_side(module, jobs[1:], most)
 
-    monkeypatch.setattr(study, "perform", failing)
-    with pytest.raises(EdgestillError, match=r"4 of 8 runs are not done:\nfitnet seed 0: loss is nan"):
-        go(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "side_by_side", failing)
+        with pytest.raises(EdgestillError, match=r"4 of 8 runs are not done:\nfitnet seed 0: loss is nan"):
+            go(path)
     assert go(path)["left"] == 0
+
+
+def test_a_dataset_that_cannot_be_made_stops_no_other(
+    path: Path, trained: list[Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shared(root: Path, config: Config) -> None:
+        root.mkdir(parents=True)
+        if config.data.train_samples == 100:
+            raise StageError("data: no such folder")
+
+    monkeypatch.setattr(study, "_shared", shared)
+    with pytest.raises(EdgestillError, match=r"4 of 8 runs are not done:\ndata: no such folder"):
+        go(path)
+    assert len(trained) == 1
 
 
 def test_one_failed_run_stops_no_other(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,13 +275,13 @@ def test_one_study_at_a_time(path: Path, trained: list[Job]) -> None:
 def test_what_to_do_next_names_the_folders(
     path: Path, trained: list[Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(module: str, job: Job) -> None:
+    def interrupted(module: str, jobs: list[Job], most: int) -> Iterator[tuple[Job, StageError | None]]:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(study, "perform", interrupted)
-        go(path, "seeds=[0]")
-    folders = f"--out {path.parent / 'results'} --work {path.parent / 'work'}"
+        patch.setattr(study, "side_by_side", interrupted)
+        go(path, "seeds=[0]", jobs=2)
+    folders = f"--out {path.parent / 'results'} --work {path.parent / 'work'} --jobs 2"
     assert f"edgestill study {path} 'seeds=[0]' {folders}\n" in capsys.readouterr().err
     go(path)
     assert f"benchmarks.tables --results {path.parent / 'results'} README.md" in capsys.readouterr().err
