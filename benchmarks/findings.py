@@ -125,8 +125,10 @@ def sentence(summary: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     own = sections["teacher"].get("student") or sections["teacher"]
     big_name = own.get("model", "the teacher")
     layers, small_name = sections["student"].get("layers"), sections["student"].get("model", "the student")
-    if layers and teacher is not None:  # cut out of the teacher
-        small_name = f"{layers} of its layers"
+    width = sections["method"].get("intermediate_size")
+    if (layers or width) and teacher is not None:  # cut out of the teacher
+        small_name = f"{layers} of its layers" if layers else "its layers"
+        small_name += f", {width} intermediate neurons in each" if width else ""
     method, data = sections["method"].get("name", "?"), sections["data"].get("source", config.get("task", "its data"))
     if small is None:
         return f"{small_name}, taught by {big_name} with {method} on {data}."

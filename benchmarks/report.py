@@ -102,7 +102,7 @@ def steps(inputs: Mapping[str, Path], metric: Mapping[str, Any] | None) -> list[
         return []
     first, last = (
         {"what": what, "parameters": end.extra["parameters"], "val": end.metrics["val"]}
-        for what, end in (("the teacher", teacher), ("the student, distilled", student))
+        for what, end in (("the teacher", teacher), ("the student", student))
     )
     return [
         {"what": one["what"], "parameters": one["parameters"], "score": one["val"].get(metric["name"])}

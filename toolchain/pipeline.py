@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class StageError(EdgestillError):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which reached this process alone; the terminal's Ctrl-C reaches the stage too."""
+    """SIGTERM, which reached this process or one stage alone; the terminal's Ctrl-C reaches all of them."""
 
 
 @dataclass(frozen=True)
@@ -242,27 +242,32 @@ def perform(module: str, job: Job) -> None:
             raise error
 
 
-def side_by_side(module: str, jobs: Sequence[Job], most: int) -> Iterator[tuple[Job, StageError | None]]:
+def side_by_side(module: str, jobs: Iterable[Job], most: int) -> Iterator[tuple[Job, EdgestillError | None]]:
     """Run stages in a process each, ``most`` at a time; each as it ends, with what went wrong, which stops no other.
 
-    Raises KeyboardInterrupt once all that ran have saved.
+    A job is asked for when there is a place for it. Raises KeyboardInterrupt once all that ran have saved.
     """
-    waiting, running, terminate = list(jobs), dict[subprocess.Popen[bytes], _Started](), True
+    waiting, running, terminate = iter(jobs), dict[subprocess.Popen[bytes], _Started](), True
     try:
-        while waiting or running:
-            while waiting and len(running) < most:
-                started = _Started(waiting.pop(0))
-                running[_start(module, started)] = started
+        while True:
+            while len(running) < most and (job := next(waiting, None)) is not None:
+                started = _Started(job)
+                try:
+                    running[_start(module, started, alone=most == 1)] = started
+                except EdgestillError as error:
+                    yield job, error
+            if not running:
+                return
             process = _first(list(running))
             started = running.pop(process)
             try:
                 _finish(started, process.returncode)
-            except StageError as error:
+            except EdgestillError as error:
                 yield started.job, error
             else:
                 yield started.job, None
     except KeyboardInterrupt as stop:
-        terminate = isinstance(stop, Terminated) or most > 1
+        terminate = isinstance(stop, Terminated)
         raise
     finally:
         _stop(list(running), terminate)
@@ -277,18 +282,21 @@ class _Started:
         self.error_path = self.path.with_suffix(".error")
 
 
-def _start(module: str, started: _Started) -> subprocess.Popen[bytes]:
-    job = started.job
+def _start(module: str, started: _Started, alone: bool) -> subprocess.Popen[bytes]:
+    """The process of a stage; one that is not ``alone`` draws no live progress, as two would overwrite each other."""
+    job, environment = started.job, _environment(module)
+    if not alone:
+        environment["TTY_COMPATIBLE"] = "0"
     job.work.mkdir(parents=True, exist_ok=True)
     started.path.write_text(job.to_json(), encoding="utf-8")
     started.error_path.unlink(missing_ok=True)
-    return subprocess.Popen(_command(module, job, started.path), env=_environment(module), preexec_fn=_as_stage)
+    return subprocess.Popen(_command(module, job, started.path), env=environment, preexec_fn=_as_stage)
 
 
 def _finish(started: _Started, code: int) -> None:
     job = started.job
     if code == INTERRUPTED or code == -signal.SIGINT:
-        raise KeyboardInterrupt
+        raise Terminated
     if code != 0:
         raise StageError(_reason(job, code, started.error_path))
     if not artifact.is_whole(job.out):

@@ -34,7 +34,7 @@ from toolchain.config import (
     validate,
     validate_section,
 )
-from toolchain.pipeline import Pipeline, StageError, lock, plan, resumable, side_by_side
+from toolchain.pipeline import Pipeline, lock, plan, resumable, side_by_side
 from toolchain.section import Section
 from toolchain.stage import Job, console, main
 from toolchain.tasks import digits_of, load_data
@@ -188,7 +188,7 @@ def run(
 ) -> dict[str, Any]:
     """Run what is left of a study and append its rows to ``out/<study>.jsonl``.
 
-    ``jobs``: so many groups, of the runs of one dataset and teacher, side by side.
+    ``jobs``: so many groups, of the runs of one dataset and teacher, side by side; what a group shares is made before.
     """
     study, planned = rows(path, overrides)
     results = out / f"{study.study}.jsonl"
@@ -204,21 +204,22 @@ def run(
         folder.mkdir(parents=True, exist_ok=True)
     failures = []
 
-    def failed(name: str, error: StageError) -> None:
-        console.print(f"{name}: {error}", style="red", markup=False)
-        failures.append(str(error))
+    def failed(name: str, error: EdgestillError) -> None:
+        failures.append(f"{name}: {error}")
+        console.print(failures[-1], style="red", markup=False)
+
+    def groups() -> Iterator[Job]:
+        for shared, group in _groups(_left(planned, results), root):
+            try:
+                _shared(shared, group[0].config)
+                yield _job(study, shared, group, results)
+            except EdgestillError as error:
+                failed(shared.name, error)
 
     command = ["edgestill", "study", str(path), *overrides, "--out", str(out), "--work", str(work)]
     command += ["--jobs", str(jobs)] if jobs > 1 else []
     with resumable(command), lock(root):
-        ready = []
-        for shared, group in _groups(_left(planned, results), root):
-            try:
-                _shared(shared, group[0].config)
-                ready.append(_job(study, shared, group, results))
-            except StageError as error:
-                failed(shared.name, error)
-        for job, fault in side_by_side("toolchain.study", ready, jobs):
+        for job, fault in side_by_side("toolchain.study", groups(), jobs):
             if fault is None:
                 artifact.remove(job.out)
             else:
@@ -313,7 +314,8 @@ def work_off(job: Job) -> None:
         digits = digits_of(trained.run.task)
         scores = ", ".join(f"{name} {value:.{digits}f}" for name, value in test.items())
         console.print(
-            f"    {number}/{len(job.config['runs'])} {item['method']} seed {item['seed']}: {scores}", markup=False
+            f"    {number}/{len(job.config['runs'])} {item['dataset']} {item['method']} seed {item['seed']}: {scores}",
+            markup=False,
         )
     if failures:
         raise EdgestillError("\n".join(failures))

@@ -151,7 +151,7 @@ def test_what_became_of_the_teacher_is_told_step_by_step(tmp_path: Path) -> None
     assert body == [
         ["the teacher", "100", "90.00", "–"],
         ["half of its layers", "50", "40.00", "−50.00"],
-        ["the student, distilled", "50", "85.00", "+45.00"],
+        ["the student", "50", "85.00", "+45.00"],
     ]
     assert report.steps({"student": tmp_path / "student"}, METRIC) == []
 

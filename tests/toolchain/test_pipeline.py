@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,8 +29,18 @@ from toolchain.stage import main
 def run(job):
     with open(os.environ["TRACE"], "a") as trace:
         trace.write(job.stage + "\\n")
-    while len(open(os.environ["TRACE"]).readlines()) < job.config.get("meets", 0):
-        time.sleep(0.01)
+    try:
+        for _ in range(2000):
+            if len(open(os.environ["TRACE"]).readlines()) >= job.config.get("meets", 0):
+                break
+            time.sleep(0.01)
+        else:
+            raise EdgestillError("waited for others in vain")
+    except KeyboardInterrupt:
+        time.sleep(0.1)
+        with open(os.environ["TRACE"], "a") as trace:
+            print("saved-" + job.stage, file=trace)
+        raise
     if job.config.get("fail"):
         raise EdgestillError(job.config["fail"])
     if job.config.get("crash"):
@@ -204,24 +215,49 @@ def test_stages_run_side_by_side_and_a_failed_one_stops_no_other(tmp_path: Path)
     assert sorted(trace(tmp_path)) == list("abcd")
 
 
-def test_all_that_run_side_by_side_are_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["ctrl-c", "sigterm", "sigterm of one stage"])
+def test_all_that_run_side_by_side_save_and_stop(asked: str, tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path\nfrom toolchain import pipeline\nfrom toolchain.stage import Job, guard\n"
+        "import signal, sys; from pathlib import Path\nfrom toolchain import pipeline\n"
+        "from toolchain.stage import Job, guard\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored where tests run behind &
         "jobs = [Job(name, Path(sys.argv[1]) / name, {'meets': 9}) for name in 'abc']\n"
         "def work():\n    with pipeline.resumable(['the', 'command']):\n"
         "        list(pipeline.side_by_side('written_stage', jobs, 2))\n"
         "sys.exit(guard(work))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 20
     while len(trace(tmp_path) if (tmp_path / "trace").exists() else []) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.terminate()
+    if asked == "ctrl-c":
+        os.killpg(process.pid, signal.SIGINT)
+    elif asked == "sigterm":
+        process.terminate()
+    else:
+        subprocess.run(["pkill", "-TERM", "-f", str(tmp_path / "run" / ".work" / "b.job.json")], check=True)
     said = process.communicate(timeout=20)[1]
     assert (process.returncode, "the command" in said, "Traceback" in said) == (130, True, False)
-    assert sorted(trace(tmp_path)) == ["a", "b"]
-    left = subprocess.run(["pgrep", "-f", str(tmp_path / "run")], capture_output=True, check=False)
-    assert left.stdout == b""
+    assert sorted(trace(tmp_path)) == ["a", "b", "saved-a", "saved-b"]
+
+
+def test_a_job_is_asked_for_when_there_is_a_place_for_it(tmp_path: Path) -> None:
+    def jobs() -> Iterator[Job]:
+        for name in "abc":
+            asked.append(sorted(path.name for path in (tmp_path / "run").glob("[abc]")))
+            yield Job(name, tmp_path / "run" / name, {"train": {"processes": 99}} if name == "b" else {})
+
+    asked: list[list[str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.device_count", lambda: 1)
+        ended = [(job.stage, str(error)) for job, error in pipeline.side_by_side("written_stage", jobs(), 1)]
+    assert ended == [
+        ("a", "None"),
+        ("b", "train.processes: expected at most the 1 GPUs of this machine, found 99"),
+        ("c", "None"),
+    ]
+    assert asked == [[], ["a"], ["a"]]
 
 
 def test_sigterm_says_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from toolchain import study
-from toolchain.artifact import EdgestillError
+from toolchain.artifact import ArtifactError, EdgestillError
 from toolchain.config import Config, ConfigError
 from toolchain.pipeline import StageError, lock
 from toolchain.stage import Job
@@ -49,7 +49,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
     """Stages that train nothing: every run of a group gets its row, but those named in ``fails``."""
     jobs: list[Job] = []
 
-    def side_by_side(module: str, given: list[Job], most: int) -> Iterator[tuple[Job, StageError | None]]:
+    def side_by_side(module: str, given: Iterable[Job], most: int) -> Iterator[tuple[Job, EdgestillError | None]]:
         assert (module, most) == ("toolchain.study", 1)
         for job in given:
             jobs.append(job)
@@ -222,13 +222,15 @@ def test_checkpoints_of_a_run_outlive_the_shared_stages(path: Path, trained: lis
 def test_one_failed_group_stops_no_other(path: Path, trained: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     side_by_side = study.side_by_side
 
-    def failing(module: str, jobs: list[Job], most: int) -> Iterator[tuple[Job, StageError | None]]:
-        yield jobs[0], StageError("fitnet seed 0: loss is nan")
-        yield from side_by_side(module, jobs[1:], most)
+    def failing(module: str, jobs: Iterator[Job], most: int) -> Iterator[tuple[Job, EdgestillError | None]]:
+        yield next(jobs), StageError("fitnet seed 0: loss is nan")
+        yield from side_by_side(module, jobs, most)
 
     with monkeypatch.context() as patch:
         patch.setattr(study, "side_by_side", failing)
-        with pytest.raises(EdgestillError, match=r"4 of 8 runs are not done:\nfitnet seed 0: loss is nan"):
+        with pytest.raises(
+            EdgestillError, match=r"4 of 8 runs are not done:\ndigits-\w+-rows: fitnet seed 0: loss is nan"
+        ):
             go(path)
     assert go(path)["left"] == 0
 
@@ -239,10 +241,10 @@ def test_a_dataset_that_cannot_be_made_stops_no_other(
     def shared(root: Path, config: Config) -> None:
         root.mkdir(parents=True)
         if config.data.train_samples == 100:
-            raise StageError("data: no such folder")
+            raise ArtifactError("data: changed since it was written")
 
     monkeypatch.setattr(study, "_shared", shared)
-    with pytest.raises(EdgestillError, match=r"4 of 8 runs are not done:\ndata: no such folder"):
+    with pytest.raises(EdgestillError, match=r"4 of 8 runs are not done:\ndigits-\w+: data: changed"):
         go(path)
     assert len(trained) == 1
 
@@ -275,7 +277,8 @@ def test_one_study_at_a_time(path: Path, trained: list[Job]) -> None:
 def test_what_to_do_next_names_the_folders(
     path: Path, trained: list[Job], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(module: str, jobs: list[Job], most: int) -> Iterator[tuple[Job, StageError | None]]:
+    def interrupted(module: str, jobs: Iterator[Job], most: int) -> Iterator[tuple[Job, EdgestillError | None]]:
+        assert most == 2
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

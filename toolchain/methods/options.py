@@ -260,7 +260,7 @@ class QaStudent(Section):
     ``ce``, ``kd`` and ``hidden`` weigh cross-entropy, softened logits, and the squared difference of layer-normalised
     hidden states. ``vocabulary``: ``used`` keeps the pieces of all texts of the training articles, and ``extra_pieces``
     others. ``intermediate_size``: how many intermediate neurons the distilled student keeps in each layer (None: all);
-    ``repair``: the training after the others are cut (None: none; few may go unmissed).
+    ``repair``: the training after the others are cut (None: none). What it leaves out is as in ``train``.
     """
 
     name: Literal["qa_student"]
@@ -270,8 +270,14 @@ class QaStudent(Section):
     temperature: Annotated[float, Field(gt=0)] = 2.0
     vocabulary: Literal["used", "full"] = "used"
     extra_pieces: Annotated[int, Field(ge=0)] = 0
-    intermediate_size: Positive | None = None
-    repair: Recipe | None = Recipe(epochs=1)
+    intermediate_size: Annotated[Positive | None, Field(exclude_if=lambda value: value is None)] = None
+    repair: Annotated[Recipe | None, Field(exclude_if=lambda value: value is None)] = None
+
+    @model_validator(mode="after")
+    def _sound(self) -> QaStudent:
+        if self.repair is not None and self.intermediate_size is None:
+            raise ValueError("repair is the training after a cut; give intermediate_size too, or leave repair out")
+        return self
 
 
 OPTIONS: dict[str, type[Section]] = {

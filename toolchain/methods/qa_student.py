@@ -8,14 +8,14 @@ teacher's layer m(i) it was copied from; widths are equal, so there is no projec
 
 Deliberate deviations: states are layer-normalised without affine part instead of divided by their norm (Patient KD) or
 left as they are (TinyBERT), so that no layer outweighs another; one training with all terms. Intermediate neurons, if
-any, are cut out of the distilled student, which ``repair`` then distils once more. CE is 0 at windows of
+any, are cut out of the distilled student, which ``repair`` distils once more. CE is 0 at windows of
 ``data.unlabelled_questions``: a label weighs the same whatever else is in its batch.
 """
 
 from __future__ import annotations
 
 import json
-from itertools import islice
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -97,13 +97,20 @@ def distill(cfg: Config, run: Run) -> nn.Module:
         return student
     whole = int(student.encoder.config.intermediate_size)
     run.step(f"distilled, with all {whole} intermediate neurons in each layer", student)
-    narrow(student, kept.width, islice(batches.epoch(0), MEASURED))
+    narrow(student, kept.width, _measured(batches))
     run.step(f"{kept.width} of its {whole} intermediate neurons in each layer, not repaired", student)
     if o.repair is None:
         return student
     recipe = recipe_of(cfg.train, o.repair)
     batches = SpanBatches(run, splits, recipe.batch_size)
     return run.stage("repair", Smaller(student, teacher, kept.layers, o), batches, recipe, run.scorer())
+
+
+def _measured(batches: SpanBatches) -> Iterator[Batch]:
+    """The first batches, whole in every process, so that all cut the same neurons."""
+    order, size = batches.order(0), batches.batch_size
+    for at in range(0, min(MEASURED, len(batches)) * size, size):
+        yield batches.fetch(order[at : at + size], 0)
 
 
 def _lost(run: Run, pieces: NDArray[np.int64]) -> str:

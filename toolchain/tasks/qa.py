@@ -203,10 +203,7 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
             faults.append((("teacher",), "method qa_student makes a student out of a teacher; add a teacher section"))
         default = Encoder()
         faults += [
-            (
-                ("student", name),
-                "method qa_student cuts the student out of the teacher; give layers only",
-            )
+            (("student", name), "method qa_student cuts the student out of the teacher; give layers only")
             for name in Encoder.model_fields
             if getattr(config.student, name) != getattr(default, name)
         ]

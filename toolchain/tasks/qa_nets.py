@@ -247,6 +247,5 @@ def dry_run(config: Any, data: Data) -> dict[str, str]:
     role = "student" if config.teacher is None else "teacher"
     found = {role: f"{section.model}: {list(feeds['input_ids'].shape)} -> {list(out.shape)}, {count:,} parameters"}
     if config.teacher is not None:
-        width = getattr(config.method, "intermediate_size", None)
-        found["student"] = plan(net.encoder, config.student.layers, width).words
+        found["student"] = plan(net.encoder, config.student.layers, config.method.intermediate_size).words
     return found

@@ -45,7 +45,7 @@ class Plan:
 
 def plan(encoder: Any, layers: int | None, width: int | None) -> Plan:
     """What is kept of the teacher's encoder; None keeps all. Raises ModelError."""
-    total, whole = int(encoder.config.num_hidden_layers), None
+    total = int(encoder.config.num_hidden_layers)
     kept = kept_layers(total, layers or total)
     words = f"layers {kept} of the teacher's {total}"
     if width is not None:
@@ -53,7 +53,8 @@ def plan(encoder: Any, layers: int | None, width: int | None) -> Plan:
         if width > whole:
             raise ModelError(f"method.intermediate_size: expected at most the teacher's {whole}, found {width}")
         words += f", {width} of its {whole} intermediate neurons in each"
-    return Plan(kept, None if width == whole else width, words)
+        width = None if width == whole else width
+    return Plan(kept, width, words)
 
 
 def kept_layers(total: int, count: int) -> list[int]:
@@ -107,10 +108,12 @@ def _feed_forward(layer: nn.Module, total: int) -> tuple[nn.Linear, nn.Linear]:
     linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
     into = [module for module in linear if module.out_features == total]
     out = [module for module in linear if module.in_features == total]
-    if len(into) != 1 or len(out) != 1 or into[0] is out[0]:
+    biased = all(module.bias is not None for module in into + out)
+    if len(into) != 1 or len(out) != 1 or into[0] is out[0] or not biased:
         raise ModelError(
             f"method.intermediate_size: expected one linear map to the {total} intermediate neurons of a "
-            f"{type(layer).__name__} and one from them, found {len(into)} and {len(out)}; leave the key out"
+            f"{type(layer).__name__} and one from them, with biases, found {len(into)} and {len(out)}"
+            f"{'' if biased else ' without'}; leave the key out"
         )
     return into[0], out[0]
 
@@ -130,11 +133,9 @@ def narrow(net: QaNet, width: int, batches: Iterable[Mapping[str, Tensor]]) -> N
         gone = torch.ones(total, dtype=torch.bool, device=keep.device)
         gone[keep] = False
         with torch.no_grad():
-            if out.bias is not None:
-                out.bias.copy_(out.bias + out.weight[:, gone].double() @ mean[gone])
+            out.bias.copy_(out.bias + out.weight[:, gone].double() @ mean[gone])
             into.weight, out.weight = nn.Parameter(into.weight[keep]), nn.Parameter(out.weight[:, keep].contiguous())
-            if into.bias is not None:
-                into.bias = nn.Parameter(into.bias[keep])
+            into.bias = nn.Parameter(into.bias[keep])
         into.out_features, out.in_features = width, width
     net.encoder.config.intermediate_size = width
 

@@ -79,10 +79,12 @@ def test_neurons_are_cut_out_of_the_distilled_student_which_is_then_repaired(tmp
     assert narrowed["what"] == "10 of its 24 intermediate neurons in each layer, not repaired"
     assert cut["parameters"] - narrowed["parameters"] == 14 * (16 + 1 + 16)
     assert sum(p.numel() for p in student.parameters()) == narrowed["parameters"]
+    made = {folder: (folder / "model.safetensors").stat().st_mtime_ns for folder in this.folders}
     again = run(tmp_path / "run", inputs, **sections)
     assert same(weights(student), weights(distill(again.cfg, again)))
     assert again.records == this.records
-    sections["method"] = method | {"repair": None}
+    assert made == {folder: (folder / "model.safetensors").stat().st_mtime_ns for folder in again.folders}
+    sections["method"] = METHOD | {"intermediate_size": 10}
     bare = run(tmp_path / "bare", inputs, **sections)
     assert sum(p.numel() for p in distill(bare.cfg, bare).parameters()) == narrowed["parameters"]
     assert [record["name"] for record in bare.records] == ["student"]

@@ -134,6 +134,10 @@ def test_data_comes_back_from_its_folder_with_mask_and_tokenizer(tmp_path: Path)
             {"method": "qa_student", "teacher": {}, "student": {"dropout": 0.1}},
             "student.dropout: method qa_student cuts",
         ),
+        (
+            {"method": {"name": "qa_student", "repair": {}}, "teacher": {}},
+            "repair is the training after a cut; give intermediate_size too",
+        ),
         ({"method": "qa_student", "teacher": {}, "student": {"weights": "random"}}, "student.weights: method qa_stu"),
         ({"method": "qa_student", "teacher": {}, "student": {"options": SMALL}}, "student.options: method qa_student"),
         ({"teacher": {"options": SMALL}}, "is its own teacher"),

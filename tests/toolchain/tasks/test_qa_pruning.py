@@ -105,3 +105,6 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="DistilBertModel has no such size; leave the key out"):
         plan(other, 1, 8)
     assert plan(encoder, None, 24).width is None
+    layers_of(encoder)[1].output.dense.bias = None
+    with pytest.raises(ModelError, match="from them, with biases, found 1 and 1 without; leave the key out"):
+        plan(encoder, 1, 8)
