@@ -225,7 +225,9 @@ def study(
     out: Annotated[Path, typer.Option("--out", help="Folder of the results file.")] = Path("benchmarks/results"),
     work: Annotated[Path, typer.Option("--work", help="Folder for caches.")] = Path("runs/studies"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check every run's config; list what is left.")] = False,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="So many datasets side by side.")] = 1,
+    jobs: Annotated[
+        int, typer.Option("--jobs", min=1, help="So many datasets side by side; on a CPU set train.threads.")
+    ] = 1,
     json: Json = False,
     debug: Debug = False,
 ) -> None:

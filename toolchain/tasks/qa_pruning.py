@@ -50,10 +50,9 @@ def plan(encoder: Any, layers: int | None, width: int | None) -> Plan:
     words = f"layers {kept} of the teacher's {total}"
     if width is not None:
         whole = intermediate_size(encoder)
-        if width > whole:
-            raise ModelError(f"method.intermediate_size: expected at most the teacher's {whole}, found {width}")
+        if width >= whole:
+            raise ModelError(f"method.intermediate_size: expected fewer than the teacher's {whole}, found {width}")
         words += f", {width} of its {whole} intermediate neurons in each"
-        width = None if width == whole else width
     return Plan(kept, width, words)
 
 
