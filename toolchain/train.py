@@ -148,9 +148,10 @@ class Run:
         if not self.quiet and PartialState().is_main_process:
             console.print(f"    {text}", markup=False)
 
-    def step(self, what: str, module: nn.Module) -> None:
-        """Score, for the report's ledger, what a method made of the teacher before it trains."""
-        val = {name: float(value) for name, value in self.scorer()(module.to(self.device)).items()}
+    def step(self, what: str, module: nn.Module, val: Mapping[str, float] | None = None) -> None:
+        """Note, for the report's ledger, what a method made of the teacher; ``val`` where it has been scored."""
+        if val is None:
+            val = {name: float(value) for name, value in self.scorer()(module.to(self.device)).items()}
         parameters = count_parameters(module)
         self.steps.append({"what": what, "parameters": parameters, "val": val})
         headline, value = next(iter(val.items()))

@@ -111,6 +111,8 @@ def test_the_headline_says_gain_and_loss() -> None:
     assert "without a teacher" in findings.sentence(summary, config | {"method": {"name": "plain"}})
     cut = findings.sentence(summary, config | {"student": {"model": "small", "layers": 6}})
     assert cut.startswith("big (50 k parameters) was distilled into 6 of its layers (1 k parameters) with prockd on d.")
+    narrow = findings.sentence(summary, config | {"method": {"name": "qa_student", "intermediate_size": 8}})
+    assert " distilled into its layers, 8 intermediate neurons in each (1 k parameters) with qa_student" in narrow
     findings.sentence({"rows": [], "metric": None, "recommended": None}, {"task": "t"})
 
 

@@ -215,6 +215,16 @@ def test_stages_run_side_by_side_and_a_failed_one_stops_no_other(tmp_path: Path)
     assert sorted(trace(tmp_path)) == list("abcd")
 
 
+def driver(script: str, root: Path, lines: int) -> subprocess.Popen[str]:
+    """A process of its own session that runs ``script`` in ``root/run``, once its stages have traced so many lines."""
+    command = [sys.executable, "-c", script, str(root / "run")]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and not ((root / "trace").exists() and len(trace(root)) >= lines):
+        time.sleep(0.02)
+    return process
+
+
 @pytest.mark.parametrize("asked", ["ctrl-c", "sigterm", "sigterm of one stage"])
 def test_all_that_run_side_by_side_save_and_stop(asked: str, tmp_path: Path) -> None:
     script = (
@@ -226,11 +236,7 @@ def test_all_that_run_side_by_side_save_and_stop(asked: str, tmp_path: Path) -> 
         "        list(pipeline.side_by_side('written_stage', jobs, 2))\n"
         "sys.exit(guard(work))\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "run")]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
-    while len(trace(tmp_path) if (tmp_path / "trace").exists() else []) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    process = driver(script, tmp_path, lines=2)
     if asked == "ctrl-c":
         os.killpg(process.pid, signal.SIGINT)
     elif asked == "sigterm":
@@ -271,7 +277,7 @@ def test_sigterm_says_how_to_go_on(tmp_path: Path, capfd: pytest.CaptureFixture[
 def test_a_stage_that_is_still_importing_stops_without_a_traceback(asked: str, stage_module: Path) -> None:
     (stage_module / "modules" / "written_stage.py").write_text(
         "import os, pathlib, time\nfrom toolchain.stage import main\n"
-        "pathlib.Path(os.environ['TRACE']).touch()\ntime.sleep(1)\nmain(lambda job: time.sleep(60))\n"
+        "pathlib.Path(os.environ['TRACE']).write_text('here')\ntime.sleep(1)\nmain(lambda job: time.sleep(60))\n"
     )
     script = (
         f"import sys; from pathlib import Path; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -280,11 +286,7 @@ def test_a_stage_that_is_still_importing_stops_without_a_traceback(asked: str, s
         "def work():\n    with resumable(['the', 'command']):\n        chain(Path(sys.argv[1])).run('d')\n"
         "sys.exit(guard(work))\n"
     )
-    command = [sys.executable, "-c", script, str(stage_module / "run")]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
-    while not (stage_module / "trace").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    process = driver(script, stage_module, lines=1)
     os.killpg(process.pid, signal.SIGINT) if asked == "ctrl-c" else process.terminate()
     said = process.communicate(timeout=20)[1]
     assert process.returncode == 130

@@ -80,7 +80,8 @@ def distill(cfg: Config, run: Run) -> nn.Module:
         raise EdgestillError("method qa_student makes a student out of a teacher; add a teacher section to the config")
     teacher = load(run.inputs["teacher"])
     check_same(run.data.files[TOKENIZER], teacher.tokenizer, "the teacher")
-    total, kept = len(layers_of(teacher.encoder)), plan(teacher.encoder, cfg.student.layers, o.intermediate_size)
+    layers, _ = plan(teacher.encoder, cfg.student.layers, o.intermediate_size)
+    total = len(layers_of(teacher.encoder))
     splits = tuple(name for name in ("first", "train", "unlabelled") if name in run.data.splits)
     batches = SpanBatches(run, splits, cfg.train.batch_size)
     used = np.array(json.loads(run.data.files[USED]), np.int64)
@@ -89,21 +90,22 @@ def distill(cfg: Config, run: Run) -> nn.Module:
         whole = int(teacher.encoder.config.vocab_size)
         what = f"{len(pieces):,} of its {whole:,} word pieces; {_lost(run, pieces)}"
         run.step(what, smaller(teacher, list(range(total)), pieces))
-    student = smaller(teacher, kept.layers, pieces)
-    if len(kept.layers) < total:
-        run.step(f"{len(kept.layers)} of its {total} layers, not yet distilled", student)
-    run.stage("student", Smaller(student, teacher, kept.layers, o), batches, cfg.train, run.scorer())
-    if kept.width is None:
+    student = smaller(teacher, layers, pieces)
+    if len(layers) < total:
+        run.step(f"{len(layers)} of its {total} layers, not yet distilled", student)
+    run.stage("student", Smaller(student, teacher, layers, o), batches, cfg.train, run.scorer())
+    if o.intermediate_size is None:
         return student
     whole = int(student.encoder.config.intermediate_size)
-    run.step(f"distilled, with all {whole} intermediate neurons in each layer", student)
-    narrow(student, kept.width, _measured(batches))
-    run.step(f"{kept.width} of its {whole} intermediate neurons in each layer, not repaired", student)
+    val = run.records[-1]["val"]
+    run.step(f"distilled, with all {whole} intermediate neurons in each layer", student, val)
+    narrow(student.to(run.device), o.intermediate_size, _measured(batches))
+    run.step(f"{o.intermediate_size} of its {whole} intermediate neurons in each layer, not repaired", student)
     if o.repair is None:
         return student
     recipe = recipe_of(cfg.train, o.repair)
     batches = SpanBatches(run, splits, recipe.batch_size)
-    return run.stage("repair", Smaller(student, teacher, kept.layers, o), batches, recipe, run.scorer())
+    return run.stage("repair", Smaller(student, teacher, layers, o), batches, recipe, run.scorer())
 
 
 def _measured(batches: SpanBatches) -> Iterator[Batch]:

@@ -247,5 +247,5 @@ def dry_run(config: Any, data: Data) -> dict[str, str]:
     role = "student" if config.teacher is None else "teacher"
     found = {role: f"{section.model}: {list(feeds['input_ids'].shape)} -> {list(out.shape)}, {count:,} parameters"}
     if config.teacher is not None:
-        found["student"] = plan(net.encoder, config.student.layers, config.method.intermediate_size).words
+        _, found["student"] = plan(net.encoder, config.student.layers, config.method.intermediate_size)
     return found

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -34,17 +33,11 @@ def layers_of(encoder: Any) -> nn.ModuleList:
     return found
 
 
-@dataclass(frozen=True)
-class Plan:
-    """``layers`` of the teacher that the student keeps, ``width`` intermediate neurons in each if not all, in words."""
+def plan(encoder: Any, layers: int | None, width: int | None) -> tuple[list[int], str]:
+    """The layers that are kept of the teacher's encoder, and with their ``width`` in words; None keeps all.
 
-    layers: list[int]
-    width: int | None
-    words: str
-
-
-def plan(encoder: Any, layers: int | None, width: int | None) -> Plan:
-    """What is kept of the teacher's encoder; None keeps all. Raises ModelError."""
+    Raises ModelError.
+    """
     total = int(encoder.config.num_hidden_layers)
     kept = kept_layers(total, layers or total)
     words = f"layers {kept} of the teacher's {total}"
@@ -53,7 +46,7 @@ def plan(encoder: Any, layers: int | None, width: int | None) -> Plan:
         if width >= whole:
             raise ModelError(f"method.intermediate_size: expected fewer than the teacher's {whole}, found {width}")
         words += f", {width} of its {whole} intermediate neurons in each"
-    return Plan(kept, width, words)
+    return kept, words
 
 
 def kept_layers(total: int, count: int) -> list[int]:

@@ -76,6 +76,7 @@ def test_neurons_are_cut_out_of_the_distilled_student_which_is_then_repaired(tmp
     _, cut, distilled, narrowed = this.steps
     assert distilled["what"] == "distilled, with all 24 intermediate neurons in each layer"
     assert distilled["parameters"] == cut["parameters"]
+    assert distilled["val"] == this.records[0]["val"]
     assert narrowed["what"] == "10 of its 24 intermediate neurons in each layer, not repaired"
     assert cut["parameters"] - narrowed["parameters"] == 14 * (16 + 1 + 16)
     assert sum(p.numel() for p in student.parameters()) == narrowed["parameters"]
