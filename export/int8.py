@@ -24,6 +24,7 @@ from export.half import (
     opset_of,
     to_half,
 )
+from export.smooth import Remedies, beside, remedied
 from toolchain.stage import console, progress
 from toolchain.tasks import Split
 
@@ -45,8 +46,15 @@ class Int8(Protocol):
 
     source: Any
 
-    def __call__(self, kept: Collection[str] = ()) -> Any:
-        """The graph in which the nodes ``kept`` compute in float. Raises PrecisionError on a name not in ``source``."""
+    @property
+    def splits(self) -> Collection[str]:
+        """Names of nodes that can be split: some channels of their input stay float, the rest is in int8."""
+
+    def __call__(self, kept: Collection[str] = (), split: bool = False) -> Any:
+        """The graph in which the nodes ``kept`` compute in float; with ``split``, those of them that can be are split.
+
+        Raises PrecisionError on a name not in ``source``.
+        """
 
     def convertible(self, made: Any) -> list[str]:
         """Names in ``source`` of what computes in int8 in ``made``, the graph without ``kept``, and may be kept."""
@@ -87,6 +95,8 @@ class Static:
     (and sm_75 has no float32 matrix product), from opset 19 on, where Q/DQ may be half.
     """
 
+    splits: Collection[str] = ()
+
     def __init__(self, model: Any, precision: str, split: Split, method: str = "minmax") -> None:
         from onnxruntime import __version__ as found
         from onnxruntime.quantization import quantize_static
@@ -107,7 +117,7 @@ class Static:
         stays = set(float_compute(made, self.precision))
         return [n.name for n in self.source.graph.node if n.op_type in COMPUTE and n.name not in stays]
 
-    def __call__(self, kept: Collection[str] = ()) -> Any:
+    def __call__(self, kept: Collection[str] = (), split: bool = False) -> Any:
         _known(self.source, kept)
         result = self._quantised(self.float_ | _with_feeding(self.source, kept))
         if self.precision == "int8-cpu" or opset_of(result) < HALF_SCALES:
@@ -162,11 +172,11 @@ class Static:
 class Dynamic:
     """int8 weights per channel; activations quantised at run time from their own range (ONNX Runtime CPU only).
 
-    Weights have seven bits, see ``Static``.
+    Weights have seven bits, see ``Static``. ``remedies`` are of the source graph, see ``smooth.measured``.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.source = _source(model)
+    def __init__(self, model: Any, remedies: Remedies | None = None) -> None:
+        self.source, self.remedies = _source(model), remedies or Remedies({}, {})
 
     def convertible(self, made: Any) -> list[str]:
         import onnx
@@ -176,22 +186,29 @@ class Dynamic:
         place = {"Gemm": 1} | DYNAMIC_OPS
         return [n.name for n in self.source.graph.node if n.op_type in place and n.input[place[n.op_type]] in weights]
 
-    def __call__(self, kept: Collection[str] = ()) -> Any:
+    @property
+    def splits(self) -> Collection[str]:
+        return self.remedies.split
+
+    def __call__(self, kept: Collection[str] = (), split: bool = False) -> Any:
         import onnx
         from onnxruntime import quantization as ort
 
         _known(self.source, kept)
+        apart = {name: self.remedies.split[name] for name in kept if split and name in self.splits}
+        smooth = {name: remedy for name, remedy in self.remedies.smooth.items() if name not in kept}
+        float_ = sorted({*kept} - {*apart} | {beside(name) for name in apart})
         with tempfile.TemporaryDirectory() as scratch:
             made = Path(scratch, "int8.onnx")
             ort.quantize_dynamic(
-                _copy(self.source),
+                remedied(self.source, smooth | apart),
                 made,
                 list(DYNAMIC_OPS),
                 per_channel=True,
                 weight_type=ort.QuantType.QInt8,
                 reduce_range=True,
                 # A Gemm is renamed before the names are looked at.
-                nodes_to_exclude=[name for one in sorted(kept) for name in (one, f"{one}_MatMul")],
+                nodes_to_exclude=[name for one in float_ for name in (one, f"{one}_MatMul")],
             )
             return _without_unused_opsets(onnx.load(made))
 

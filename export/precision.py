@@ -27,7 +27,7 @@ from export.half import (
     to_half,
 )
 from export.int8 import HALF_SCALES, Dynamic, Int8, Static
-from export.smooth import smoothed
+from export.smooth import measured
 from export.verify import Arrays, Report, compare, cpu_call, evenly, predict
 from toolchain import artifact, runtime
 from toolchain.stage import Job, console, main, progress
@@ -116,40 +116,41 @@ def half_with_islands(model: Any, gate: Gate) -> tuple[Any, Report, list[str]]:
     return candidate, report, found
 
 
-def dynamic_with_islands(model: Any, gate: Gate, samples: Split) -> tuple[Any, Report, list[str], list[str]]:
-    """The dynamic int8 graph, its report, the nodes kept float, and the products whose inputs are smoothed.
+def dynamic_with_islands(model: Any, gate: Gate, samples: Split) -> tuple[Any, Report, dict[str, list[str]]]:
+    """The dynamic int8 graph, its report, and in lists what was done for the gate.
 
     When the gate fails, inputs are smoothed on ``samples``, which stays where it lowers the outputs' shift; then see
-    ``int8_with_islands``.
+    ``int8_with_islands``. ``float_islands`` are nodes kept float; ``smoothed`` are products whose inputs are;
+    ``split`` are those that read a few channels in float.
     """
     make = Dynamic(model)
     candidate = make()
     report = gate(candidate)
     if report.passed:
-        return candidate, report, [], []
+        return candidate, report, {"float_islands": [], "smoothed": [], "split": []}
     console.print(f"    int8 fails its gate ({'; '.join(report.reasons)}); smoothing", markup=False)
-    smooth, names = smoothed(make.source, samples.select(evenly(len(samples), SMOOTHING_SAMPLES)))
-    other = Dynamic(smooth)
-    if names and gate.shift(other()) < gate.shift(candidate):
-        make = other
-    else:
-        names = []
-    return *int8_with_islands(make, gate), names
+    remedies = measured(make.source, samples.select(evenly(len(samples), SMOOTHING_SAMPLES)))
+    if not gate.shift(Dynamic(make.source, remedies)()) < gate.shift(candidate):
+        remedies.smooth.clear()
+    made, report, islands, split = int8_with_islands(Dynamic(make.source, remedies), gate)
+    changed = {*islands, *split}
+    smooth = [name for name in remedies.smooth if name not in changed]
+    return made, report, {"float_islands": islands, "smoothed": smooth, "split": split}
 
 
-def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str]]:
-    """The int8 graph, its report, and the nodes that had to be kept float, most harmful first.
+def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str], list[str]]:
+    """The int8 graph, its report, and the nodes that were kept float, and split, for the gate: most harmful first.
 
     When the gate fails, the outputs' shift is measured with each convolution, matrix product or table alone in int8.
-    In this order, those up to some place are kept float; bisection finds a place early in it that passes the gate, on
-    whose samples the choice is made. If all but the last that computes are not enough, none is kept, and the report
-    says what failed.
+    In this order, those up to some place are kept float, or split where they can be; the place is early in it, and
+    passes the gate, on whose samples the choice is made. If all but the last that computes are not enough, none is
+    kept, and the report says what failed.
     """
     candidate = make()
     report = gate(candidate)
     names = [] if report.passed else make.convertible(candidate)
     if len(names) < 2:
-        return candidate, report, []
+        return candidate, report, [], []
     computing = set(_compute_names(make.source))
     part = gate.part(ISLAND_SAMPLES)
     console.print(f"    int8 fails its gate ({'; '.join(report.reasons)}); measuring {len(names)} nodes", markup=False)
@@ -159,20 +160,38 @@ def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str]]:
             shift[name] = part.shift(make(set(names) - {name}))
             bar.advance()
     order = sorted(names, key=lambda name: (-shift[name], name))
-    found: tuple[Any, Report, list[str]] | None = None
-    least, most = 1, max((place for place, name in enumerate(order) if name in computing), default=0)
-    while least <= most:
-        count = most if found is None else (least + most) // 2
-        attempt = make(order[:count])
-        result = gate(attempt)
-        if result.passed:
-            found, most = (attempt, result, order[:count]), count - 1
-        elif found is None:
-            console.print(f"    keeping {count} of them in float is not enough")
-            return candidate, report, []
+    order = order[: max((place for place, name in enumerate(order) if name in computing), default=0)]
+    if found := _fewest(make, order, gate):
+        return found
+    console.print(f"    keeping {len(order)} of them in float is not enough")
+    return candidate, report, [], []
+
+
+def _fewest(make: Int8, order: list[str], gate: Gate) -> tuple[Any, Report, list[str], list[str]] | None:
+    """With as few of ``order`` kept, from its start, as pass the gate, split if that is enough; None where all fail.
+
+    Their number is doubled until it passes, and narrowed down by bisection.
+    """
+
+    def attempt(count: int, split: bool) -> tuple[Any, Report, list[str], list[str]] | None:
+        apart = [name for name in order[:count] if split and name in make.splits]
+        if split and not apart:
+            return None
+        made = make(order[:count], split)
+        report = gate(made)
+        return (made, report, [name for name in order[:count] if name not in apart], apart) if report.passed else None
+
+    found, failed, count = None, 0, min(1, len(order))
+    while not found and failed < count:
+        if not (found := attempt(count, True) or attempt(count, False)):
+            failed, count = count, min(2 * count, len(order))
+    while found and failed + 1 < count:
+        middle = (failed + count) // 2
+        if fewer := attempt(middle, True) or attempt(middle, False):
+            found, count = fewer, middle
         else:
-            least = count + 1
-    return found or (candidate, report, [])
+            failed = middle
+    return found
 
 
 def _compute_names(model: Any) -> list[str]:
@@ -186,18 +205,21 @@ def converted(
     rest: str,
     kept: Sequence[str] = (),
     smooth: Sequence[str] = (),
+    split: Sequence[str] = (),
 ) -> str:
-    """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples; of how many
-    the inputs are ``smooth``, and which were ``kept`` in float, both for the gate."""
+    """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples; and for the
+    gate: of how many the inputs are ``smooth``, which were ``split``, and which were ``kept`` in ``rest``."""
     text = f"{compute - len(stayed)} of {compute} compute nodes converted"
     if calibration and calibration["samples"]:
         text += f", calibrated on {calibration['samples']} training samples ({calibration['method']})"
     elif calibration:
         text += ", activations scaled in every call, without calibration"
-    if inputs := set(smooth) - set(kept):
-        text += f", the inputs of {len(inputs)} products smoothed for the gate"
+    if smooth:
+        text += f", the inputs of {len(smooth)} products smoothed for the gate"
     if stayed:
         text += f"; in {rest}: {_named(stayed)}"
+    if split:
+        text += f"; a few channels in {rest} to pass the gate: {_named(split)}"
     if kept:
         text += f"; kept in {rest} to pass the gate: {_named(kept)}"
     return text
@@ -231,22 +253,24 @@ def run(job: Job) -> None:
     if precision == "fp16":
         made, report, extra["fp32_islands"] = half_with_islands(model, gate)
     elif precision == "int8-cpu" and settings["dynamic_int8"]:
-        made, report, extra["float_islands"], extra["smoothed"] = dynamic_with_islands(model, gate, train)
+        made, report, remedies = dynamic_with_islands(model, gate, train)
+        extra |= remedies
         extra["calibration"] = {"samples": 0, "method": "dynamic"}
     elif precision in ("int8-cpu", "int8-trt"):
         calibration = settings["calibration"]
         samples = train.select(evenly(len(train), calibration["samples"]))
         make = Static(model, precision, samples, calibration["method"])
-        made, report, extra["float_islands"] = int8_with_islands(make, gate)
+        made, report, extra["float_islands"], _ = int8_with_islands(make, gate)
         extra["calibration"] = {"samples": len(samples), "method": calibration["method"]}
     else:
         raise PrecisionError(f"precision {precision!r}: expected one of fp16, int8-cpu, int8-trt")
 
-    compute, stayed = len(_compute_names(model)), float_compute(made, precision)
-    if len(stayed) >= compute:
+    computing = _compute_names(model)
+    stayed = [name for name in float_compute(made, precision) if name in computing]
+    if len(stayed) >= len(computing):
         raise PrecisionError(
-            f"expected convolutions or matrix products in {precision}, found {len(stayed)} of {compute} without; "
-            f"leave {precision} out of export.precisions"
+            f"expected convolutions or matrix products in {precision}, found {len(stayed)} of {len(computing)} "
+            f"without; leave {precision} out of export.precisions"
         )
     report.check(precision)
     with artifact.create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
@@ -259,12 +283,13 @@ def run(job: Job) -> None:
             "opset": opset_of(made),
             "float_nodes": stayed,
             "converted": converted(
-                compute,
+                len(computing),
                 stayed,
                 extra.get("calibration"),
                 _rest(made, precision),
                 extra.get("float_islands", ()),
                 extra.get("smoothed", ()),
+                extra.get("split", ()),
             ),
             "verify": report.as_dict(),
         }

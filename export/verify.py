@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from toolchain.artifact import EdgestillError
-from toolchain.onnx_runtime import CRASHES
+from toolchain.onnx_runtime import NOT_ON_CPU
 
 if TYPE_CHECKING:
     from toolchain.tasks import Split
@@ -66,7 +66,7 @@ def cpu_call(model: bytes | str) -> Callable[[Arrays], dict[str, np.ndarray]]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
-        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=[CRASHES]
+        model, options, providers=["CPUExecutionProvider"], disabled_optimizers=list(NOT_ON_CPU)
     )
     names = [output.name for output in session.get_outputs()]
     return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))

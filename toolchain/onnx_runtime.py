@@ -29,7 +29,10 @@ from toolchain.runtime import (
     import_or_explain,
 )
 
-CRASHES = "FuseFp16InitializerToFp32NodeTransformer"  # ORT 1.31 dies in it on half-precision transformers
+NOT_ON_CPU = (
+    "FuseFp16InitializerToFp32NodeTransformer",  # ORT 1.31 dies in it on half-precision transformers
+    "SkipLayerNormFusion",  # its kernel takes over twice the time of the Add and LayerNormalization that it replaces
+)
 HEAVY = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Attention", "LSTM", "GRU"}
 PLANS = 16  # input signatures kept per thread
 COPIED = 1 << 17  # bytes; larger arrays on the host are bound where they lie, which then costs less than a copy
@@ -94,7 +97,7 @@ class OnnxRuntime(Runtime):
                 str(folder / "model.onnx"),
                 options,
                 [(name, settings) for name in asked],
-                disabled_optimizers=[CRASHES] if provider == "cpu" else None,
+                disabled_optimizers=list(NOT_ON_CPU) if provider == "cpu" else None,
                 enable_fallback=0,
             )
         except Exception as error:

@@ -185,7 +185,7 @@ def test_int8_keeps_float_what_it_ruins_and_nothing_else(kind: str, task: Module
     full = make()
     assert check(full).agreement < 0.5
     assert {"a", "wide", "c"} <= set(make.convertible(full))
-    made, report, kept = int8_with_islands(make, check)
+    made, report, kept, _ = int8_with_islands(make, check)
     assert report.passed
     assert kept == ["wide"]
     if kind != "dynamic":
@@ -194,10 +194,10 @@ def test_int8_keeps_float_what_it_ruins_and_nothing_else(kind: str, task: Module
 
 
 class Fixed:
-    """Nodes a to h, whose weights in int8 shift the output by a known amount each."""
+    """Nodes a to h, whose weights in int8 shift the output by a known amount each; a tenth of it where it is split."""
 
-    def __init__(self, harm: dict[str, float], kinds: dict[str, str] | None = None) -> None:
-        self.harm, self.made = harm, list[list[str]]()
+    def __init__(self, harm: dict[str, float], kinds: dict[str, str] | None = None, splits: str = "") -> None:
+        self.harm, self.splits, self.made = harm, splits, list[list[str]]()
         kinds = kinds or {}
         nodes = [onnx.helper.make_node(kinds.get(name, "MatMul"), ["x", "x"], [name], name) for name in harm]
         self.source = onnx.helper.make_model(onnx.helper.make_graph(nodes, "fixed", [], []))
@@ -205,9 +205,10 @@ class Fixed:
     def convertible(self, made: Any) -> list[str]:
         return list(self.harm)
 
-    def __call__(self, kept: Any = ()) -> Any:
+    def __call__(self, kept: Any = (), split: bool = False) -> Any:
         self.made.append(sorted(kept))
-        return sum(value for name, value in self.harm.items() if name not in kept)
+        part = {name: 0.1 if split and name in self.splits else 0.0 for name in kept}
+        return sum(value * part.get(name, 1.0) for name, value in self.harm.items())
 
 
 class Budget:
@@ -231,17 +232,29 @@ class Budget:
 def test_the_worst_nodes_are_kept_float_up_to_where_the_gate_passes(most: float, kept: str) -> None:
     harm = {name: float(value) for value, name in enumerate("abcdefgh", start=1)}
     make: Any = Fixed(harm)
-    shift, report, found = int8_with_islands(make, Budget(most))  # type: ignore[arg-type]
+    shift, report, found, _ = int8_with_islands(make, Budget(most))  # type: ignore[arg-type]
     assert report.passed
     assert "".join(sorted(found)) == kept
     assert found == sorted(found, reverse=True)
     assert shift == sum(harm[name] for name in harm if name not in kept) <= most
-    assert len(make.made) <= 1 + len(harm) + 4
+    assert len(make.made) <= 1 + len(harm) + 6
+
+
+@pytest.mark.parametrize(
+    ("most", "splits", "kept", "split"),
+    [(29, "h", "", "h"), (28.5, "h", "h", ""), (22, "h", "g", "h"), (22, "a", "hg", "")],
+)
+def test_the_worst_nodes_are_split_where_that_is_enough(most: float, splits: str, kept: str, split: str) -> None:
+    harm = {name: float(value) for value, name in enumerate("abcdefgh", start=1)}
+    make: Any = Fixed(harm, splits=splits)
+    _, report, *found = int8_with_islands(make, Budget(most))  # type: ignore[arg-type]
+    assert report.passed
+    assert found == [list(kept), list(split)]
 
 
 def test_a_graph_with_nothing_left_in_int8_that_computes_is_not_what_passes() -> None:
     make: Any = Fixed({"table": 1.0, "a": 2.0, "b": 3.0}, {"table": "Gather"})
-    _, report, found = int8_with_islands(make, Budget(1.5))  # type: ignore[arg-type]
+    _, report, found, _ = int8_with_islands(make, Budget(1.5))  # type: ignore[arg-type]
     assert not report.passed
     assert found == []
     assert ["a", "b"] not in make.made[4:]
@@ -263,7 +276,7 @@ def test_names_of_nodes_are_given_once() -> None:
 
 def test_the_search_for_float_nodes_ends_in_a_failed_report(task: ModuleType) -> None:
     check = outliers_gate(task, max_difference=0.0)
-    _, report, kept = int8_with_islands(Dynamic(outliers_graph()), check)
+    _, report, kept, _ = int8_with_islands(Dynamic(outliers_graph()), check)
     assert not report.passed
     assert kept == []
 
@@ -341,14 +354,18 @@ def test_the_stage_tells_what_it_kept_float(kind: str, tmp_path: Path, task: Mod
 def test_the_stage_smooths_dynamic_int8_before_it_keeps_anything_float(tmp_path: Path, task: ModuleType) -> None:
     extra = extra_of_outliers("int8-cpu", True, tmp_path)
     assert extra["smoothed"] == ["wide"]
-    assert extra["float_islands"] == []
+    assert extra["float_islands"] == extra["split"] == []
     assert extra["float_nodes"] == []
     assert extra["converted"].endswith("without calibration, the inputs of 1 products smoothed for the gate")
 
 
-def test_what_was_kept_float_for_the_gate_is_told() -> None:
-    text = precision.converted(4, ["wide"], {"samples": 0, "method": "dynamic"}, "float32", ["wide"])
-    assert text.endswith("in float32: wide; kept in float32 to pass the gate: wide")
+def test_what_was_kept_float_and_split_for_the_gate_is_told() -> None:
+    text = precision.converted(4, ["wide"], {"samples": 0, "method": "dynamic"}, "float32", ["wide"], ["a"], ["b"])
+    assert text.startswith("3 of 4 compute nodes converted")
+    assert text.endswith(
+        "the inputs of 1 products smoothed for the gate; in float32: wide; a few channels in float32 to pass the gate: "
+        "b; kept in float32 to pass the gate: wide"
+    )
 
 
 def test_an_impossible_limit_fails_and_leaves_nothing(

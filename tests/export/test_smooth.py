@@ -8,7 +8,7 @@ import pytest
 from onnx import helper
 
 from export.int8 import Dynamic
-from export.smooth import smoothed
+from export.smooth import Remedy, beside, measured, remedied
 from tests.export.graphs import session, small_graph
 from toolchain.tasks import Split
 
@@ -39,6 +39,11 @@ def encoder(large: float = LARGE) -> Any:
         helper.make_node("MatMul", ["c", "w.out"], ["y"], "out"),
     ]
     return small_graph(nodes, {"x": ["n", "s", 32]}, {"y": ["n", "s", 4], "h": ["n", "s", 32]}, weights)
+
+
+def smoothed(model: Any, samples: Split) -> tuple[Any, list[str]]:
+    remedies = measured(model, samples)
+    return remedied(model, remedies.smooth), list(remedies.smooth)
 
 
 def error(model: Any, reference: Any, samples: Split) -> float:
@@ -124,3 +129,65 @@ def test_an_input_of_the_graph_is_smoothed_too(samples: Split) -> None:
     made, names = smoothed(model, Split({"x": x}, ("x",)))
     assert names == ["only"]
     np.testing.assert_allclose(session(made)({"x": x})["y"], session(model)({"x": x})["y"], rtol=1e-3, atol=1e-3)
+
+
+def biased() -> Any:
+    """A product with a bias, whose weights are as large for a large channel as for others: no scale helps it much."""
+    rng = np.random.default_rng(0)
+    size = np.ones(32)
+    size[[3, 17, 30]] = LARGE
+    weights = {
+        "size": size,
+        "w": rng.normal(size=(32, 8)),
+        "bias": rng.normal(size=8),
+        "w.out": rng.normal(size=(8, 4)),
+    }
+    weights["w"][[3, 17, 30]] *= LARGE
+    nodes = [
+        helper.make_node("Mul", ["x", "size"], ["h"], "large"),
+        helper.make_node("MatMul", ["h", "w"], ["p"], "wide"),
+        helper.make_node("Add", ["p", "bias"], ["b"], "bias"),
+        helper.make_node("MatMul", ["b", "w.out"], ["y"], "out"),
+    ]
+    return small_graph(nodes, {"x": ["n", "s", 32]}, {"y": ["n", "s", 4]}, weights)
+
+
+def test_a_split_graph_computes_the_same_in_float_and_loses_less_in_int8(samples: Split) -> None:
+    model = biased()
+    remedies = measured(model, samples.select(np.arange(8)))
+    assert list(remedies.split) == ["wide"]
+    assert set(remedies.split["wide"].apart) >= {3, 17, 30}
+    made = remedied(model, remedies.split)
+    onnx.checker.check_model(made, full_check=True)
+    feeds = {"x": samples.arrays["x"]}
+    np.testing.assert_allclose(session(made)(feeds)["y"], session(model)(feeds)["y"], rtol=1e-3, atol=1e-2)
+
+    make = Dynamic(model, remedies)
+    assert list(make.splits) == ["wide"]
+    whole, split, float_ = make(), make(["wide"], split=True), make(["wide"])
+    assert error(split, float_, samples) < error(whole, float_, samples) / 3
+
+    names = {node.name: node.op_type for node in split.graph.node}
+    assert names[beside("wide")] == "MatMul"
+    assert "wide_quant" in names
+    assert beside("wide") not in {node.name for node in float_.graph.node}
+
+
+def test_channels_apart_are_added_after_the_bias(samples: Split) -> None:
+    model = biased()
+    made = remedied(model, measured(model, samples).split)
+    nodes = {node.name: node for node in made.graph.node}
+    assert nodes["bias"].input[0] == nodes["wide"].output[0]
+    assert list(nodes["wide/whole"].input) == [nodes["bias"].output[0], nodes[beside("wide")].output[0]]
+    assert nodes["wide/whole"].output[0] == nodes["out"].input[0]
+
+
+def test_products_of_one_input_are_split_each_by_itself(samples: Split) -> None:
+    model = encoder()
+    split = {"query": Remedy(np.ones(32, np.float32), np.array([3, 17]))}
+    made = remedied(model, measured(model, samples).smooth | split)
+    inputs = {node.name: node.input[0] for node in made.graph.node if node.op_type == "MatMul"}
+    assert (inputs["query"], inputs["key"]) == ("query/smooth", "h/smooth")
+    feeds = {"x": samples.arrays["x"]}
+    for name, value in session(model)(feeds).items():
+        np.testing.assert_allclose(session(made)(feeds)[name], value, rtol=1e-4, atol=1e-4)
