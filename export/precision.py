@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from export.attention import fused
 from export.half import (
-    COMPUTE,
+    HEAVY,
     ISLANDS,
     PrecisionError,
     emulated_half,
@@ -195,7 +196,7 @@ def _fewest(make: Int8, order: list[str], gate: Gate) -> tuple[Any, Report, list
 
 
 def _compute_names(model: Any) -> list[str]:
-    return [node.name for node in model.graph.node if node.op_type in COMPUTE]
+    return [node.name for node in model.graph.node if node.op_type in HEAVY]
 
 
 def converted(
@@ -253,6 +254,7 @@ def run(job: Job) -> None:
     if precision == "fp16":
         made, report, extra["fp32_islands"] = half_with_islands(model, gate)
     elif precision == "int8-cpu" and settings["dynamic_int8"]:
+        model = name_nodes(fused(model))
         made, report, remedies = dynamic_with_islands(model, gate, train)
         extra |= remedies
         extra["calibration"] = {"samples": 0, "method": "dynamic"}
