@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from onnxscript import ir
-from onnxscript.rewriter import pattern, rewrite
-
 from export.half import opset_of
 
 OPSET = 23
 
 
 def _pieces(op: Any, q: Any, k: Any, v: Any, scale: Any, mask: Any, q_in: Any, k_in: Any, v_in: Any, out: Any) -> Any:
-    """softmax(q k^T scale + mask) v of several heads; q, k, v and the result (batch, sequence, heads * size)."""
     queries = op.Transpose(op.Reshape(q, q_in, _outputs=["q_heads"]), perm=[0, 2, 1, 3])
     keys = op.Transpose(op.Reshape(k, k_in, _outputs=["k_heads"]), perm=[0, 2, 3, 1])
     values = op.Transpose(op.Reshape(v, v_in, _outputs=["v_heads"]), perm=[0, 2, 1, 3])
@@ -26,35 +22,51 @@ def _pieces(op: Any, q: Any, k: Any, v: Any, scale: Any, mask: Any, q_in: Any, k
     return op.Reshape(op.Transpose(found, perm=[0, 2, 1, 3]), out, _outputs=["result"])
 
 
-def _is_attention(context: Any, scale: Any, mask: Any, result: Any, **values: Any) -> Any:
-    checked = pattern.MatchResult()
+def _is_attention(context: Any, scale: Any, **values: Any) -> bool:
+    """Whether all shapes are what the kernel takes: it broadcasts a mask over batch and heads, and nothing else."""
     if scale.const_value is None or scale.const_value.size != 1:
-        return checked.fail("the scale is not one constant")
-    wanted = {"q": 3, "k": 3, "v": 3, "q_heads": 4, "k_heads": 4, "v_heads": 4}
-    found = [(values[name].shape, rank) for name, rank in wanted.items()] + [(mask.shape, 4), (result.shape, 3)]
-    if any(shape is None or len(shape) != rank for shape, rank in found):
-        return checked.fail("expected (batch, sequence, heads * size), taken apart into heads and joined again")
-    heads = {values[name].shape[2] for name in ("q_heads", "k_heads", "v_heads")}
-    if len(heads) != 1 or not isinstance(heads.pop(), int):
-        return checked.fail("expected one constant number of heads")
-    return checked
+        return False
+    sizes = {}
+    for name in ("q", "k", "v", "q_heads", "k_heads", "v_heads", "mask", "result"):
+        shape = values[name].shape
+        sizes[name] = () if shape is None else tuple(size if isinstance(size, int) else size.value for size in shape)
+    if None in sum(sizes.values(), ()) or [len(shape) for shape in sizes.values()] != [3, 3, 3, 4, 4, 4, 4, 3]:
+        return False
+    batch, queries, _ = sizes["q"]
+    keys, heads = sizes["k"][1], sizes["q_heads"][2]
+    return (
+        isinstance(heads, int)
+        and sizes["q_heads"][:3] == (batch, queries, heads)
+        and sizes["k"][:2] == sizes["v"][:2] == (batch, keys)
+        and sizes["k_heads"][:3] == sizes["v_heads"][:3] == (batch, keys, heads)
+        and sizes["result"][:2] == (batch, queries)
+        and sizes["mask"][0] in (1, batch)
+        and sizes["mask"][1] in (1, heads)
+        and sizes["mask"][2:] == (queries, keys)
+    )
 
 
 def _operator(op: Any, q: Any, k: Any, v: Any, q_heads: Any, scale: Any, mask: Any, **_: Any) -> Any:
-    heads = q_heads.shape[2]
-    factor = float(scale.const_value.numpy().reshape(()))
+    heads, factor = q_heads.shape[2], float(scale.const_value.numpy().reshape(()))
     return op.Attention(q, k, v, mask, scale=factor, q_num_heads=heads, kv_num_heads=heads)
 
 
 def fused(model: Any) -> Any:
-    """A copy of ``model`` in opset 23 with attention in one operator; ``model`` itself where it has none."""
+    """A copy of ``model`` in opset 23 in which softmax(q k^T scale + mask) v of several heads is one operator.
+
+    Found is what transformers' eager attention is exported as: q, k and v (batch, sequence, heads * size), mask
+    (batch or 1, heads or 1, sequence, sequence). ``model`` itself where there is none.
+    """
     import onnx
+    import onnx.inliner
+    import onnx.version_converter
+    from onnxscript import ir
+    from onnxscript.rewriter import pattern
 
     if opset_of(model) > OPSET:
         return model
-    typed = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    whole = onnx.inliner.inline_local_functions(model) if model.functions else model
+    typed = onnx.shape_inference.infer_shapes(whole, data_prop=True)
     made = ir.from_proto(onnx.version_converter.convert_version(typed, OPSET))
-    changed = rewrite(made, pattern_rewrite_rules=[pattern.RewriteRule(_pieces, _operator, _is_attention)])
-    if not any(node.op_type == "Attention" for node in changed.graph):
-        return model
-    return ir.to_proto(changed)
+    found = pattern.RewriteRule(_pieces, _operator, _is_attention).apply_to_model(made, commute=True)
+    return ir.to_proto(made) if found else model

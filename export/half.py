@@ -11,7 +11,7 @@ import numpy as np
 from toolchain.artifact import EdgestillError
 
 COMPUTE = ("Conv", "ConvTranspose", "MatMul", "Gemm")
-HEAVY = (*COMPUTE, "Attention")  # what a report tells of
+PRODUCTS = (*COMPUTE, "Attention")
 # Kept float32 in a half graph: LayerNorm and its parts when it was exported in pieces, softmax, powers, long sums,
 # which magnify or overflow; and what ONNX types by an attribute, where a Cast behind the node is simpler and exact.
 # Erf and Tanh are bounded and flat, so they drift no further than their input: half.
@@ -62,7 +62,7 @@ def opset_of(model: Any) -> int:
 
 
 def float_compute(model: Any, precision: str) -> list[str]:
-    """Names of the nodes of HEAVY that do not compute in ``precision``: not half, not from int8."""
+    """Names of the nodes of PRODUCTS that do not compute in ``precision``: not half, not from int8."""
     import onnx
 
     model = onnx.shape_inference.infer_shapes(model)
@@ -72,7 +72,7 @@ def float_compute(model: Any, precision: str) -> list[str]:
     return [
         node.name
         for node in model.graph.node
-        if node.op_type in HEAVY
+        if node.op_type in PRODUCTS
         and not (node.input[0] in half if precision == "fp16" else int8.issuperset(node.input[:2]))
     ]
 

@@ -47,11 +47,11 @@ class Int8(Protocol):
     source: Any
 
     @property
-    def splits(self) -> Collection[str]:
-        """Names of nodes that can be split: some channels of their input stay float, the rest is in int8."""
+    def separable(self) -> Collection[str]:
+        """Names of nodes of which a few channels of the input can stay float while the rest is in int8."""
 
-    def __call__(self, kept: Collection[str] = (), split: bool = False) -> Any:
-        """The graph in which the nodes ``kept`` compute in float; with ``split``, those of them that can be are split.
+    def __call__(self, kept: Collection[str] = (), apart: bool = False) -> Any:
+        """The graph in which the nodes ``kept`` compute in float; with ``apart``, the separable ones only in part.
 
         Raises PrecisionError on a name not in ``source``.
         """
@@ -95,7 +95,7 @@ class Static:
     (and sm_75 has no float32 matrix product), from opset 19 on, where Q/DQ may be half.
     """
 
-    splits: Collection[str] = ()
+    separable: Collection[str] = ()
 
     def __init__(self, model: Any, precision: str, split: Split, method: str = "minmax") -> None:
         from onnxruntime import __version__ as found
@@ -117,7 +117,7 @@ class Static:
         stays = set(float_compute(made, self.precision))
         return [n.name for n in self.source.graph.node if n.op_type in COMPUTE and n.name not in stays]
 
-    def __call__(self, kept: Collection[str] = (), split: bool = False) -> Any:
+    def __call__(self, kept: Collection[str] = (), apart: bool = False) -> Any:
         _known(self.source, kept)
         result = self._quantised(self.float_ | _with_feeding(self.source, kept))
         if self.precision == "int8-cpu" or opset_of(result) < HALF_SCALES:
@@ -172,11 +172,11 @@ class Static:
 class Dynamic:
     """int8 weights per channel; activations quantised at run time from their own range (ONNX Runtime CPU only).
 
-    Weights have seven bits, see ``Static``. ``remedies`` are of the source graph, see ``smooth.measured``.
+    Weights have seven bits, see ``Static``. ``remedies`` are of ``source``, see ``smooth.measured``; at first none.
     """
 
-    def __init__(self, model: Any, remedies: Remedies | None = None) -> None:
-        self.source, self.remedies = _source(model), remedies or Remedies({}, {})
+    def __init__(self, model: Any) -> None:
+        self.source, self.remedies = _source(model), Remedies({}, {})
 
     def convertible(self, made: Any) -> list[str]:
         import onnx
@@ -187,21 +187,21 @@ class Dynamic:
         return [n.name for n in self.source.graph.node if n.op_type in place and n.input[place[n.op_type]] in weights]
 
     @property
-    def splits(self) -> Collection[str]:
-        return self.remedies.split
+    def separable(self) -> Collection[str]:
+        return self.remedies.apart
 
-    def __call__(self, kept: Collection[str] = (), split: bool = False) -> Any:
+    def __call__(self, kept: Collection[str] = (), apart: bool = False) -> Any:
         import onnx
         from onnxruntime import quantization as ort
 
         _known(self.source, kept)
-        apart = {name: self.remedies.split[name] for name in kept if split and name in self.splits}
+        partly = {name: self.remedies.apart[name] for name in kept if apart and name in self.separable}
         smooth = {name: remedy for name, remedy in self.remedies.smooth.items() if name not in kept}
-        float_ = sorted({*kept} - {*apart} | {beside(name) for name in apart})
+        float_ = sorted({*kept} - {*partly} | {beside(name) for name in partly})
         with tempfile.TemporaryDirectory() as scratch:
             made = Path(scratch, "int8.onnx")
             ort.quantize_dynamic(
-                remedied(self.source, smooth | apart),
+                remedied(self.source, smooth | partly),
                 made,
                 list(DYNAMIC_OPS),
                 per_channel=True,

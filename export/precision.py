@@ -17,8 +17,8 @@ import numpy as np
 
 from export.attention import fused
 from export.half import (
-    HEAVY,
     ISLANDS,
+    PRODUCTS,
     PrecisionError,
     emulated_half,
     float_compute,
@@ -28,7 +28,7 @@ from export.half import (
     to_half,
 )
 from export.int8 import HALF_SCALES, Dynamic, Int8, Static
-from export.smooth import measured
+from export.smooth import beside, measured
 from export.verify import Arrays, Report, compare, cpu_call, evenly, predict
 from toolchain import artifact, runtime
 from toolchain.stage import Job, console, main, progress
@@ -122,28 +122,28 @@ def dynamic_with_islands(model: Any, gate: Gate, samples: Split) -> tuple[Any, R
 
     When the gate fails, inputs are smoothed on ``samples``, which stays where it lowers the outputs' shift; then see
     ``int8_with_islands``. ``float_islands`` are nodes kept float; ``smoothed`` are products whose inputs are;
-    ``split`` are those that read a few channels in float.
+    ``partly_float`` are those of which a few channels are.
     """
     make = Dynamic(model)
     candidate = make()
     report = gate(candidate)
     if report.passed:
-        return candidate, report, {"float_islands": [], "smoothed": [], "split": []}
+        return candidate, report, {"float_islands": [], "smoothed": [], "partly_float": []}
     console.print(f"    int8 fails its gate ({'; '.join(report.reasons)}); smoothing", markup=False)
-    remedies = measured(make.source, samples.select(evenly(len(samples), SMOOTHING_SAMPLES)))
-    if not gate.shift(Dynamic(make.source, remedies)()) < gate.shift(candidate):
-        remedies.smooth.clear()
-    made, report, islands, split = int8_with_islands(Dynamic(make.source, remedies), gate)
-    changed = {*islands, *split}
-    smooth = [name for name in remedies.smooth if name not in changed]
-    return made, report, {"float_islands": islands, "smoothed": smooth, "split": split}
+    make.remedies = measured(make.source, samples.select(evenly(len(samples), SMOOTHING_SAMPLES)))
+    smooth = make.remedies.smooth
+    if smooth and not gate.shift(make()) < gate.shift(candidate):
+        smooth.clear()
+    made, report, islands, partly = int8_with_islands(make, gate)
+    kept = {"float_islands": islands, "partly_float": partly}
+    return made, report, kept | {"smoothed": [name for name in smooth if name not in {*islands, *partly}]}
 
 
 def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str], list[str]]:
-    """The int8 graph, its report, and the nodes that were kept float, and split, for the gate: most harmful first.
+    """The int8 graph, its report, and the nodes kept float for the gate, wholly and partly, most harmful first.
 
     When the gate fails, the outputs' shift is measured with each convolution, matrix product or table alone in int8.
-    In this order, those up to some place are kept float, or split where they can be; the place is early in it, and
+    In this order, those up to some place are kept float, or partly where they can be; the place is early in it, and
     passes the gate, on whose samples the choice is made. If all but the last that computes are not enough, none is
     kept, and the report says what failed.
     """
@@ -162,6 +162,8 @@ def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str], l
             bar.advance()
     order = sorted(names, key=lambda name: (-shift[name], name))
     order = order[: max((place for place, name in enumerate(order) if name in computing), default=0)]
+    if not order:
+        return candidate, report, [], []
     if found := _fewest(make, order, gate):
         return found
     console.print(f"    keeping {len(order)} of them in float is not enough")
@@ -169,20 +171,20 @@ def int8_with_islands(make: Int8, gate: Gate) -> tuple[Any, Report, list[str], l
 
 
 def _fewest(make: Int8, order: list[str], gate: Gate) -> tuple[Any, Report, list[str], list[str]] | None:
-    """With as few of ``order`` kept, from its start, as pass the gate, split if that is enough; None where all fail.
+    """With as few of ``order`` kept, from its start, as pass the gate, partly if that is enough; None where all fail.
 
     Their number is doubled until it passes, and narrowed down by bisection.
     """
 
-    def attempt(count: int, split: bool) -> tuple[Any, Report, list[str], list[str]] | None:
-        apart = [name for name in order[:count] if split and name in make.splits]
-        if split and not apart:
+    def attempt(count: int, apart: bool) -> tuple[Any, Report, list[str], list[str]] | None:
+        partly = [name for name in order[:count] if apart and name in make.separable]
+        if apart and not partly:
             return None
-        made = make(order[:count], split)
+        made = make(order[:count], apart)
         report = gate(made)
-        return (made, report, [name for name in order[:count] if name not in apart], apart) if report.passed else None
+        return (made, report, [name for name in order[:count] if name not in partly], partly) if report.passed else None
 
-    found, failed, count = None, 0, min(1, len(order))
+    found, failed, count = None, 0, 1
     while not found and failed < count:
         if not (found := attempt(count, True) or attempt(count, False)):
             failed, count = count, min(2 * count, len(order))
@@ -196,7 +198,7 @@ def _fewest(make: Int8, order: list[str], gate: Gate) -> tuple[Any, Report, list
 
 
 def _compute_names(model: Any) -> list[str]:
-    return [node.name for node in model.graph.node if node.op_type in HEAVY]
+    return [node.name for node in model.graph.node if node.op_type in PRODUCTS]
 
 
 def converted(
@@ -206,10 +208,10 @@ def converted(
     rest: str,
     kept: Sequence[str] = (),
     smooth: Sequence[str] = (),
-    split: Sequence[str] = (),
+    partly: Sequence[str] = (),
 ) -> str:
     """In words: how many of the ``compute`` nodes, which ``stayed`` in ``rest``, and on how many samples; and for the
-    gate: of how many the inputs are ``smooth``, which were ``split``, and which were ``kept`` in ``rest``."""
+    gate: of how many the inputs are ``smooth``, and which were ``partly`` and wholly ``kept`` in ``rest``."""
     text = f"{compute - len(stayed)} of {compute} compute nodes converted"
     if calibration and calibration["samples"]:
         text += f", calibrated on {calibration['samples']} training samples ({calibration['method']})"
@@ -219,8 +221,8 @@ def converted(
         text += f", the inputs of {len(smooth)} products smoothed for the gate"
     if stayed:
         text += f"; in {rest}: {_named(stayed)}"
-    if split:
-        text += f"; a few channels in {rest} to pass the gate: {_named(split)}"
+    if partly:
+        text += f"; a few channels in {rest} to pass the gate: {_named(partly)}"
     if kept:
         text += f"; kept in {rest} to pass the gate: {_named(kept)}"
     return text
@@ -268,7 +270,8 @@ def run(job: Job) -> None:
         raise PrecisionError(f"precision {precision!r}: expected one of fp16, int8-cpu, int8-trt")
 
     computing = _compute_names(model)
-    stayed = [name for name in float_compute(made, precision) if name in computing]
+    added = {beside(name) for name in extra.get("partly_float", ())}
+    stayed = [name for name in float_compute(made, precision) if name not in added]
     if len(stayed) >= len(computing):
         raise PrecisionError(
             f"expected convolutions or matrix products in {precision}, found {len(stayed)} of {len(computing)} "
@@ -291,7 +294,7 @@ def run(job: Job) -> None:
                 _rest(made, precision),
                 extra.get("float_islands", ()),
                 extra.get("smoothed", ()),
-                extra.get("split", ()),
+                extra.get("partly_float", ()),
             ),
             "verify": report.as_dict(),
         }
@@ -300,7 +303,7 @@ def run(job: Job) -> None:
             "agreement": report.agreement,
             "max_difference": report.max_difference,
         }
-        draft.versions = artifact.versions("onnx", "onnxruntime", "onnxruntime-gpu", "numpy")
+        draft.versions = artifact.versions("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy")
     console.print(
         f"    {precision}: {draft.extra['converted']}; "
         f"{report.metric} {report.metric_candidate:.4g} (fp32 {report.metric_reference:.4g}), "

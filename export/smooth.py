@@ -37,6 +37,7 @@ GAIN = 0.75  # of the error without, at most: less is not worth a Mul
 LEAST = 1e-5  # of the largest channel: dead ones get the scale of this
 OUTLIERS = 8  # channels of a product's input that may stay float
 FEW = 8  # and at most one of so many
+NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +50,11 @@ class Remedy:
 
 @dataclass
 class Remedies:
-    """By the MatMul's name, where it gains: ``smooth``, one remedy for all that read the same input, with no channels
-    apart, and ``split``, of that product alone, with some."""
+    """By the MatMul's name, where int8 gains: ``smooth``, one remedy for all that read the same input, with no channels
+    apart, and ``apart``, of that product alone, with some."""
 
     smooth: dict[str, Remedy]
-    split: dict[str, Remedy]
+    apart: dict[str, Remedy]
 
 
 def measured(model: Any, samples: Split) -> Remedies:
@@ -68,16 +69,16 @@ def measured(model: Any, samples: Split) -> Remedies:
     made = Remedies({}, {})
     for name, found in _values(model, list(readers), samples).items():
         products = {node.name: _Product(found, numpy_helper.to_array(tensors[node.input[1]])) for node in readers[name]}
-        together = list(products.values())
-        after, shared = _best(together, np.zeros(0, np.int64))
-        if after < GAIN * _error(together, None):
+        together, nothing = list(products.values()), Remedy(np.ones(found[0].shape[1], np.float32), NONE)
+        after, shared = _best(together, NONE)
+        if after < GAIN * _error(together, nothing):
             made.smooth |= dict.fromkeys(products, shared)
         largest = np.max([np.abs(one).max(0) for one in found], 0)
         outliers = np.sort(np.argsort(-largest)[: min(OUTLIERS, len(largest) // FEW)])
         for node, product in products.items() if len(outliers) else ():
             after, alone = _best([product], outliers)
-            if after < GAIN * _error([product], made.smooth.get(node)):
-                made.split[node] = alone
+            if after < GAIN * _error([product], nothing):
+                made.apart[node] = alone
     return made
 
 
@@ -106,7 +107,7 @@ def remedied(model: Any, remedies: Mapping[str, Remedy]) -> Any:
             inside = np.ones_like(remedy.scale)
             inside[remedy.apart] = 0
             if (source, remedy) not in divided:
-                name = f"{node.name if len(remedy.apart) else source}/smooth"
+                name = f"{node.name}/rest of x" if len(remedy.apart) else f"{source}/smooth"
                 factors = constant(f"{name} scale", inside / remedy.scale)
                 nodes.append(helper.make_node("Mul", [source, factors], [name], name))
                 divided[source, remedy] = name
@@ -192,10 +193,9 @@ class _Product:
         self.found, self.weight = found, weight
         self.exact = [one @ weight for one in found]
 
-    def error(self, remedy: Remedy | None) -> float:
+    def error(self, remedy: Remedy) -> float:
         """Mean squared error in int8, in units of the product's variance, summed over the samples."""
-        scale = np.ones(len(self.weight), np.float32) if remedy is None else remedy.scale
-        apart = np.zeros(0, np.int64) if remedy is None else remedy.apart
+        scale, apart = remedy.scale, remedy.apart
         inside = np.ones_like(scale)
         inside[apart] = 0
         weight = _weight_in_int8(self.weight * (inside * scale)[:, None])
@@ -207,7 +207,7 @@ class _Product:
 
 
 def _best(products: Sequence[_Product], apart: NDArray[np.int64]) -> tuple[float, Remedy]:
-    """The scale that leaves products of one input the least error, and its root. None but ones may be the best."""
+    """Of remedies for products of one input, the scales of EXPONENTS or ones: the least error, and whose it is."""
     x = np.max([np.abs(one).max(0) for one in products[0].found], 0)
     w = np.max([np.abs(product.weight).max(1) for product in products], 0)
     x[apart], w[apart] = 0, 0
@@ -220,7 +220,7 @@ def _best(products: Sequence[_Product], apart: NDArray[np.int64]) -> tuple[float
     return min(errors), remedies[int(np.argmin(errors))]
 
 
-def _error(products: Sequence[_Product], remedy: Remedy | None) -> float:
+def _error(products: Sequence[_Product], remedy: Remedy) -> float:
     return float(np.sqrt(sum(product.error(remedy) for product in products)))
 
 

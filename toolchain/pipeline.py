@@ -58,7 +58,7 @@ NEEDED = {
     "toolchain.stages": ("torch", "timm", "accelerate", "safetensors"),
     "toolchain.distill": ("torch", "timm", "accelerate", "safetensors"),
     "export.onnx": ("torch", "onnx", "onnxscript", "onnxruntime"),
-    "export.precision": ("onnx", "onnxruntime"),
+    "export.precision": ("onnx", "onnxscript", "onnxruntime"),
     "benchmarks.bench": ("onnxruntime",),
     "benchmarks.report": ("jinja2", "matplotlib"),
 }

@@ -194,10 +194,10 @@ def test_int8_keeps_float_what_it_ruins_and_nothing_else(kind: str, task: Module
 
 
 class Fixed:
-    """Nodes a to h, whose weights in int8 shift the output by a known amount each; a tenth of it where it is split."""
+    """Nodes a to h, whose weights in int8 shift the output by a known amount each; by a tenth when partly kept."""
 
-    def __init__(self, harm: dict[str, float], kinds: dict[str, str] | None = None, splits: str = "") -> None:
-        self.harm, self.splits, self.made = harm, splits, list[list[str]]()
+    def __init__(self, harm: dict[str, float], kinds: dict[str, str] | None = None, separable: str = "") -> None:
+        self.harm, self.separable, self.made = harm, separable, list[list[str]]()
         kinds = kinds or {}
         nodes = [onnx.helper.make_node(kinds.get(name, "MatMul"), ["x", "x"], [name], name) for name in harm]
         self.source = onnx.helper.make_model(onnx.helper.make_graph(nodes, "fixed", [], []))
@@ -205,9 +205,9 @@ class Fixed:
     def convertible(self, made: Any) -> list[str]:
         return list(self.harm)
 
-    def __call__(self, kept: Any = (), split: bool = False) -> Any:
+    def __call__(self, kept: Any = (), apart: bool = False) -> Any:
         self.made.append(sorted(kept))
-        part = {name: 0.1 if split and name in self.splits else 0.0 for name in kept}
+        part = {name: 0.1 if apart and name in self.separable else 0.0 for name in kept}
         return sum(value * part.get(name, 1.0) for name, value in self.harm.items())
 
 
@@ -241,15 +241,17 @@ def test_the_worst_nodes_are_kept_float_up_to_where_the_gate_passes(most: float,
 
 
 @pytest.mark.parametrize(
-    ("most", "splits", "kept", "split"),
+    ("most", "separable", "kept", "partly"),
     [(29, "h", "", "h"), (28.5, "h", "h", ""), (22, "h", "g", "h"), (22, "a", "hg", "")],
 )
-def test_the_worst_nodes_are_split_where_that_is_enough(most: float, splits: str, kept: str, split: str) -> None:
+def test_the_worst_nodes_are_partly_kept_where_that_is_enough(
+    most: float, separable: str, kept: str, partly: str
+) -> None:
     harm = {name: float(value) for value, name in enumerate("abcdefgh", start=1)}
-    make: Any = Fixed(harm, splits=splits)
+    make: Any = Fixed(harm, separable=separable)
     _, report, *found = int8_with_islands(make, Budget(most))  # type: ignore[arg-type]
     assert report.passed
-    assert found == [list(kept), list(split)]
+    assert found == [list(kept), list(partly)]
 
 
 def test_a_graph_with_nothing_left_in_int8_that_computes_is_not_what_passes() -> None:
@@ -323,11 +325,11 @@ def test_many_nodes_that_stayed_float_are_counted() -> None:
     )
 
 
-def extra_of_outliers(kind: str, dynamic: bool, folder: Path) -> dict[str, Any]:
+def extra_of_outliers(kind: str, dynamic: bool, folder: Path, graph: Any = None) -> dict[str, Any]:
     """What the stage tells of a graph with a product that int8 ruins."""
     source, split = folder / "onnx", outliers_split()
     with artifact.create(source, stage="onnx", config={}) as draft:
-        onnx.save(outliers_graph(), draft.path / "model.onnx")
+        onnx.save(graph or outliers_graph(), draft.path / "model.onnx")
         np.savez(draft.path / "samples.npz", x=split.arrays["x"])
         outputs = [Port("probabilities", "float32", ("n", 16)), Port("label", "int64", ("n",))]
         draft.set_ports([Port("x", "float32", ("n", 4))], outputs)
@@ -354,12 +356,27 @@ def test_the_stage_tells_what_it_kept_float(kind: str, tmp_path: Path, task: Mod
 def test_the_stage_smooths_dynamic_int8_before_it_keeps_anything_float(tmp_path: Path, task: ModuleType) -> None:
     extra = extra_of_outliers("int8-cpu", True, tmp_path)
     assert extra["smoothed"] == ["wide"]
-    assert extra["float_islands"] == extra["split"] == []
+    assert extra["float_islands"] == extra["partly_float"] == []
     assert extra["float_nodes"] == []
     assert extra["converted"].endswith("without calibration, the inputs of 1 products smoothed for the gate")
 
 
-def test_what_was_kept_float_and_split_for_the_gate_is_told() -> None:
+def test_names_that_folding_changes_are_told_too(tmp_path: Path, task: ModuleType) -> None:
+    graph = outliers_graph()
+    place = next(index for index, node in enumerate(graph.graph.node) if node.name == "wide")
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.full(16, 0.01, np.float32), "bias"))
+    graph.graph.node[place].output[0] = "product"
+    graph.graph.node.insert(place + 1, onnx.helper.make_node("Add", ["product", "bias"], ["t4"], "add"))
+    made = Dynamic(graph)
+    (name,) = {node.name for node in made.source.graph.node if node.name.startswith("wide")}
+    assert name != "wide"
+    assert [one for one in float_compute(made([name]), "int8-cpu") if "wide" in one]
+    extra = extra_of_outliers("int8-cpu", False, tmp_path, graph)
+    assert extra["float_islands"] == [name]
+    assert [one for one in extra["float_nodes"] if "wide" in one]
+
+
+def test_what_was_kept_float_for_the_gate_is_told() -> None:
     text = precision.converted(4, ["wide"], {"samples": 0, "method": "dynamic"}, "float32", ["wide"], ["a"], ["b"])
     assert text.startswith("3 of 4 compute nodes converted")
     assert text.endswith(

@@ -85,6 +85,32 @@ def test_any_batch_and_any_sequence(made: Path, folder: str, batch: int, sequenc
     assert all(np.isfinite(value).all() for value in out.values())
 
 
+def test_attention_is_one_operator_in_dynamic_int8_alone(made: Path) -> None:
+    kinds = {name: [node.op_type for node in onnx.load(made / name / "model.onnx").graph.node] for name in FOLDERS}
+    assert {name: kinds[name].count("Attention") for name in FOLDERS} == {"onnx": 0, "onnx-fp16": 0, "onnx-int8-cpu": 1}
+    assert "Softmax" not in kinds["onnx-int8-cpu"]
+    extra = artifact.read(made / "onnx-int8-cpu").extra
+    assert extra["opset"] == 23
+    assert [name for name in extra["float_nodes"] if "Attention" in name]
+
+
+def test_on_a_cpu_additions_are_not_fused_into_normalisations(made: Path, tmp_path: Path) -> None:
+    import onnxruntime as ort
+
+    from toolchain.onnx_runtime import NOT_ON_CPU
+
+    def kinds(disabled: list[str]) -> set[str]:
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        ort.InferenceSession(
+            made / "onnx" / "model.onnx", options, ["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
+        return {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
+
+    assert "SkipLayerNormalization" in kinds([])
+    assert "SkipLayerNormalization" not in kinds(list(NOT_ON_CPU))
+
+
 def qa_feeds() -> tuple[str, ...]:
     return ("input_ids", "attention_mask")
 

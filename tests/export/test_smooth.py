@@ -131,7 +131,7 @@ def test_an_input_of_the_graph_is_smoothed_too(samples: Split) -> None:
     np.testing.assert_allclose(session(made)({"x": x})["y"], session(model)({"x": x})["y"], rtol=1e-3, atol=1e-3)
 
 
-def biased() -> Any:
+def biased(large: float = LARGE) -> Any:
     """A product with a bias, whose weights are as large for a large channel as for others: no scale helps it much."""
     rng = np.random.default_rng(0)
     size = np.ones(32)
@@ -142,7 +142,7 @@ def biased() -> Any:
         "bias": rng.normal(size=8),
         "w.out": rng.normal(size=(8, 4)),
     }
-    weights["w"][[3, 17, 30]] *= LARGE
+    weights["w"][[3, 17, 30]] *= large
     nodes = [
         helper.make_node("Mul", ["x", "size"], ["h"], "large"),
         helper.make_node("MatMul", ["h", "w"], ["p"], "wide"),
@@ -152,22 +152,24 @@ def biased() -> Any:
     return small_graph(nodes, {"x": ["n", "s", 32]}, {"y": ["n", "s", 4]}, weights)
 
 
-def test_a_split_graph_computes_the_same_in_float_and_loses_less_in_int8(samples: Split) -> None:
+def test_a_graph_with_channels_apart_computes_the_same_and_loses_less_in_int8(samples: Split) -> None:
     model = biased()
     remedies = measured(model, samples.select(np.arange(8)))
-    assert list(remedies.split) == ["wide"]
-    assert set(remedies.split["wide"].apart) >= {3, 17, 30}
-    made = remedied(model, remedies.split)
+    assert "wide" in remedies.apart
+    assert "wide" not in remedies.smooth
+    assert set(remedies.apart["wide"].apart) >= {3, 17, 30}
+    made = remedied(model, remedies.apart)
     onnx.checker.check_model(made, full_check=True)
     feeds = {"x": samples.arrays["x"]}
     np.testing.assert_allclose(session(made)(feeds)["y"], session(model)(feeds)["y"], rtol=1e-3, atol=1e-2)
 
-    make = Dynamic(model, remedies)
-    assert list(make.splits) == ["wide"]
-    whole, split, float_ = make(), make(["wide"], split=True), make(["wide"])
-    assert error(split, float_, samples) < error(whole, float_, samples) / 3
+    make = Dynamic(model)
+    make.remedies = remedies
+    assert list(make.separable) == list(remedies.apart)
+    whole, partly, float_ = make(), make(["wide"], apart=True), make(["wide"])
+    assert error(partly, float_, samples) < error(whole, float_, samples) / 3
 
-    names = {node.name: node.op_type for node in split.graph.node}
+    names = {node.name: node.op_type for node in partly.graph.node}
     assert names[beside("wide")] == "MatMul"
     assert "wide_quant" in names
     assert beside("wide") not in {node.name for node in float_.graph.node}
@@ -175,19 +177,50 @@ def test_a_split_graph_computes_the_same_in_float_and_loses_less_in_int8(samples
 
 def test_channels_apart_are_added_after_the_bias(samples: Split) -> None:
     model = biased()
-    made = remedied(model, measured(model, samples).split)
+    made = remedied(model, {"wide": measured(model, samples).apart["wide"]})
     nodes = {node.name: node for node in made.graph.node}
     assert nodes["bias"].input[0] == nodes["wide"].output[0]
     assert list(nodes["wide/whole"].input) == [nodes["bias"].output[0], nodes[beside("wide")].output[0]]
     assert nodes["wide/whole"].output[0] == nodes["out"].input[0]
 
 
-def test_products_of_one_input_are_split_each_by_itself(samples: Split) -> None:
+def test_products_of_one_input_keep_channels_apart_each_by_itself(samples: Split) -> None:
     model = encoder()
-    split = {"query": Remedy(np.ones(32, np.float32), np.array([3, 17]))}
-    made = remedied(model, measured(model, samples).smooth | split)
+    apart = {"query": Remedy(np.ones(32, np.float32), np.array([3, 17]))}
+    made = remedied(model, measured(model, samples).smooth | apart)
     inputs = {node.name: node.input[0] for node in made.graph.node if node.op_type == "MatMul"}
-    assert (inputs["query"], inputs["key"]) == ("query/smooth", "h/smooth")
+    assert (inputs["query"], inputs["key"]) == ("query/rest of x", "h/smooth")
     feeds = {"x": samples.arrays["x"]}
     for name, value in session(model)(feeds).items():
         np.testing.assert_allclose(session(made)(feeds)[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reader", ["output", "twice", "two values", "output and bias"])
+def test_the_sum_comes_where_only_the_product_is_read(reader: str, samples: Split) -> None:
+    model = biased()
+    graph = model.graph
+    add = next(node for node in graph.node if node.name == "bias")
+    if reader in ("output", "output and bias"):
+        graph.output.append(helper.make_tensor_value_info("p", onnx.TensorProto.FLOAT, ["n", "s", 8]))
+    if reader == "twice":
+        graph.node.insert(3, helper.make_node("Mul", ["p", "p"], ["q"], "square"))
+        graph.output.append(helper.make_tensor_value_info("q", onnx.TensorProto.FLOAT, ["n", "s", 8]))
+    if reader == "two values":
+        graph.node.insert(1, helper.make_node("ReduceMean", ["h"], ["m"], "mean"))
+        add.input[1] = "m"
+    if reader == "output":
+        graph.node.remove(add)
+        next(node for node in graph.node if node.name == "out").input[0] = "p"
+    made = remedied(model, {"wide": Remedy(np.ones(32, np.float32), np.array([3, 17, 30]))})
+    onnx.checker.check_model(made, full_check=True)
+    feeds = {"x": samples.arrays["x"]}
+    for name, value in session(model)(feeds).items():
+        np.testing.assert_allclose(session(made)(feeds)[name], value, rtol=1e-3, atol=1e-1)
+
+
+def test_channels_apart_leave_the_scale_of_the_others_alone(samples: Split) -> None:
+    """The large weights of a channel apart must not make the others' scales those of dead channels."""
+    remedies = [measured(biased(large), samples).apart["wide"] for large in (LARGE, 10 * LARGE)]
+    inside = np.setdiff1d(np.arange(32), remedies[0].apart)
+    np.testing.assert_array_equal(remedies[0].apart, remedies[1].apart)
+    np.testing.assert_allclose(remedies[0].scale[inside], remedies[1].scale[inside])
