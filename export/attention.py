@@ -61,6 +61,7 @@ def fused(model: Any) -> Any:
     import onnx.inliner
     import onnx.version_converter
     from onnxscript import ir
+    from onnxscript.ir.passes.common import RemoveUnusedNodesPass
     from onnxscript.rewriter import pattern
 
     if opset_of(model) > OPSET:
@@ -68,5 +69,7 @@ def fused(model: Any) -> Any:
     whole = onnx.inliner.inline_local_functions(model) if model.functions else model
     typed = onnx.shape_inference.infer_shapes(whole, data_prop=True)
     made = ir.from_proto(onnx.version_converter.convert_version(typed, OPSET))
-    found = pattern.RewriteRule(_pieces, _operator, _is_attention).apply_to_model(made, commute=True)
-    return ir.to_proto(made) if found else model
+    if not pattern.RewriteRule(_pieces, _operator, _is_attention).apply_to_model(made, commute=True):
+        return model
+    RemoveUnusedNodesPass()(made)
+    return ir.to_proto(made)
