@@ -142,7 +142,7 @@ def test_missing_packages_are_told_for_the_whole_plan(monkeypatch: pytest.Monkey
     monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None)
     stages = [Stage("x", "export.precision", {}), Stage("y", "benchmarks.report", {})]
     faults = pipeline.missing_packages(stages)
-    assert [fault.split()[0] for fault in faults] == ["onnx", "onnxruntime", "jinja2", "matplotlib"]
+    assert [fault.split()[0] for fault in faults] == ["onnx", "onnxscript", "onnxruntime", "jinja2", "matplotlib"]
     assert all("pip install 'edgestill[" in fault for fault in faults)
 
 
