@@ -214,6 +214,8 @@ def _answers_table(value: Mapping[str, Any]) -> str:
     timed = [key for key in ("latency", "latency_apart") if any(row.get(key) for row in value["answers"])]
     for key in timed:
         title += [f"{what}, cores apart" if key == "latency_apart" else what for what in ("p50 ms", "speed-up")]
+    if fastest := first.get("least_p50_ms"):
+        title += ["least p50 ms", "speed-up"]
     body = []
     for row in value["answers"]:
         found = row["scores"]
@@ -224,6 +226,8 @@ def _answers_table(value: Mapping[str, Any]) -> str:
             mine, slowest = (((one.get(key) or {}).get("p50") or {}).get("ms") for one in (row, first))
             noise = " ~" if row.get(key) and row[key]["noisy"] else ""
             body[-1] += [ms(mine) + noise, times(slowest / mine if mine and slowest else None)]
+        if fastest:
+            body[-1] += [ms(row["least_p50_ms"]), times(fastest / row["least_p50_ms"])]
     note = f"Text to answer through `load_qa`, {value['questions']} questions"
     summaries = [row[key] for row in value["answers"] for key in timed if row.get(key)]
     if summaries:
@@ -236,6 +240,8 @@ def _answers_table(value: Mapping[str, Any]) -> str:
         note += " Cores apart: while the two cores shared no cache, which happens to a virtual machine."
     if any(summary["noisy"] for summary in summaries):
         note += " ~ noisy: medians of the rounds lie more than 5 % apart."
+    if fastest:
+        note += " Least: of each question the fastest of the rounds, which other work on the machine disturbs least."
     return f"{markdown(title, body, right=title[1:])}\n{note}\n"
 
 
