@@ -104,10 +104,9 @@ def measure(
             for far, key in ((False, "latency"), (True, "latency_apart")):
                 rounds = taken[far][name]
                 row[key] = summarise(rounds, 1) if len(rounds) >= LEAST else None
-                if not far:
-                    row["least_p50_ms"] = float(np.median(np.min(rounds, 0))) / 1e6 if row[key] else None
                 if p50 := (row[key] or {}).get("p50"):
                     told.append(f"{p50['ms']:.1f} ms{', cores apart' if far else ''}")
+            row["least_p50_ms"] = float(np.median(np.min(taken[False][name], 0))) / 1e6 if row["latency"] else None
             rows.append(row)
             shown = "; ".join(told) or "too few rounds to tell a time"
             console.print(f"    {name}: G-XLT F1 {found[qa.HEADLINE]:.2f}, {shown}", markup=False)

@@ -269,13 +269,13 @@ def run(job: Job) -> None:
     else:
         raise PrecisionError(f"precision {precision!r}: expected one of fp16, int8-cpu, int8-trt")
 
-    computing = _compute_names(model)
+    compute = len(_compute_names(model))
     added = {beside(name) for name in extra.get("partly_float", ())}
     stayed = [name for name in float_compute(made, precision) if name not in added]
-    if len(stayed) >= len(computing):
+    if len(stayed) >= compute:
         raise PrecisionError(
-            f"expected convolutions or matrix products in {precision}, found {len(stayed)} of {len(computing)} "
-            f"without; leave {precision} out of export.precisions"
+            f"expected convolutions or matrix products in {precision}, found {len(stayed)} of {compute} without; "
+            f"leave {precision} out of export.precisions"
         )
     report.check(precision)
     with artifact.create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
@@ -288,7 +288,7 @@ def run(job: Job) -> None:
             "opset": opset_of(made),
             "float_nodes": stayed,
             "converted": converted(
-                len(computing),
+                compute,
                 stayed,
                 extra.get("calibration"),
                 _rest(made, precision),

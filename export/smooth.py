@@ -69,15 +69,16 @@ def measured(model: Any, samples: Split) -> Remedies:
     made = Remedies({}, {})
     for name, found in _values(model, list(readers), samples).items():
         products = {node.name: _Product(found, numpy_helper.to_array(tensors[node.input[1]])) for node in readers[name]}
-        together, nothing = list(products.values()), Remedy(np.ones(found[0].shape[1], np.float32), NONE)
-        after, shared = _best(together, NONE)
-        if after < GAIN * _error(together, nothing):
+        nothing = Remedy(np.ones(found[0].shape[1], np.float32), NONE)
+        before = {node: product.error(nothing) for node, product in products.items()}
+        after, shared = _best(list(products.values()), NONE)
+        if after < GAIN * np.sqrt(sum(before.values())):
             made.smooth |= dict.fromkeys(products, shared)
         largest = np.max([np.abs(one).max(0) for one in found], 0)
         outliers = np.sort(np.argsort(-largest)[: min(OUTLIERS, len(largest) // FEW)])
         for node, product in products.items() if len(outliers) else ():
             after, alone = _best([product], outliers)
-            if after < GAIN * _error([product], nothing):
+            if after < GAIN * np.sqrt(before[node]):
                 made.apart[node] = alone
     return made
 
@@ -207,7 +208,7 @@ class _Product:
 
 
 def _best(products: Sequence[_Product], apart: NDArray[np.int64]) -> tuple[float, Remedy]:
-    """Of remedies for products of one input, the scales of EXPONENTS or ones: the least error, and whose it is."""
+    """Of remedies for products of one input, the scales of EXPONENTS or ones: the least root error, and whose it is."""
     x = np.max([np.abs(one).max(0) for one in products[0].found], 0)
     w = np.max([np.abs(product.weight).max(1) for product in products], 0)
     x[apart], w[apart] = 0, 0
@@ -216,12 +217,8 @@ def _best(products: Sequence[_Product], apart: NDArray[np.int64]) -> tuple[float
         x, w = (np.maximum(size, LEAST * size.max()) for size in (x, w))
         scales += [(x**exponent / w ** (1 - exponent)).astype(np.float32) for exponent in EXPONENTS]
     remedies = [Remedy(scale, apart) for scale in scales]
-    errors = [_error(products, remedy) for remedy in remedies]
+    errors = [float(np.sqrt(sum(product.error(remedy) for product in products))) for remedy in remedies]
     return min(errors), remedies[int(np.argmin(errors))]
-
-
-def _error(products: Sequence[_Product], remedy: Remedy) -> float:
-    return float(np.sqrt(sum(product.error(remedy) for product in products)))
 
 
 def _in_int8(x: Floats) -> Floats:
