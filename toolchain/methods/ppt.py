@@ -26,6 +26,8 @@ Deliberate deviations, each a key of the config:
   the first 60 % of the training, so that no candidate starves (evolving winner-takes-all: Makansi, Ilg, Cicek, Brox,
   CVPR 2019, arXiv 1906.03631). The paper has one winner throughout.
 - ``stretch``: windows in other sizes too, so that speeds are known which the training scenes do not have.
+- ``student.pace``: coordinates are divided by the speed of who walks faster, which the networks are told, for the same
+  reason.
 - ``branches``: the path to one further candidate, drawn anew in every step, follows the one that the config's teacher
   predicts for it; the official code leaves the other K - 1 paths without supervision.
 """
@@ -128,7 +130,7 @@ class Complete(Distiller):
             self.student.destination.eval()
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             feature = self.student.destination.feature(observed)
-            candidates = self.student.destination.candidates(feature)
+            candidates = self.student.destination.candidates(feature, observed)
             _, best = nearest(candidates, future[:, -1])
             chosen = candidates[torch.arange(len(best), device=best.device), best]
         path, features = self.student.complete(observed, chosen)

@@ -52,7 +52,7 @@ class PPTStudent(Distiller):
             paths, logits = self.student(observed)
         else:
             own = self.student.feature(observed)  # type: ignore[operator]
-            paths, logits = self.student.decode(own)  # type: ignore[operator]
+            paths, logits = self.student.decode(own, observed)  # type: ignore[operator]
             parts["features"] = options.features * F.mse_loss(self.adapt(own), batch["feature"])
         error = (paths - future[:, None]).norm(dim=-1)
         end = error[:, :, -1]

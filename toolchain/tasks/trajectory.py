@@ -56,7 +56,9 @@ class StudentSection(Section):
     """A network: ``ppt`` (three encoders of ``depth`` layers), ``one_shot`` or ``package.module:function`` of your own.
 
     ``scale``: what tracks are multiplied by for the losses (default 30 for metres, the pixels of the Stanford Drone
-    Dataset, 1 for pixels); ``unit``: what the network divides them by inside. A function of your own is called with
+    Dataset, 1 for pixels); ``unit``: what the network divides them by inside. ``pace``, in the data's unit a step: who
+    walks faster is divided by that much more, so that a network knows speeds it was not trained on. Ours; task I then
+    knows the mean of the observed steps before it has seen them. A function of your own is called with
     ``options`` and returns a module from observed (B, T_o, 2) to paths (B, K, T_p, 2) and logits (B, K).
     """
 
@@ -69,6 +71,7 @@ class StudentSection(Section):
     activation: Literal["gelu", "relu"] = "relu"
     scale: Annotated[float, Field(gt=0)] | None = None
     unit: Annotated[float, Field(gt=0)] = 60.0
+    pace: Annotated[float, Field(gt=0)] | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     max_parameters: Positive | None = None
 

@@ -3,7 +3,8 @@
 ``Step``, ``Destination`` and ``PPT`` are the three networks of Lin, Liang, Lai, Hu, *Progressive Pretext Task Learning
 for Human Trajectory Prediction* (ECCV 2024, arXiv 2407.11588), each built from the one before it; ``OneShot`` is ours,
 small enough for a camera. Tracks are relative to the last observed position and multiplied by the scale (metres to the
-loss's unit); a network divides them by ``unit`` inside and multiplies what it predicts back.
+loss's unit); a network divides them by ``unit`` inside and multiplies what it predicts back. With ``pace`` (ours) that
+divisor grows with the speed of who walks faster, whom the network then sees walking at ``pace``, and is told so.
 
 Every network that ships maps observed (B, T_o, 2) to paths (B, K, T_p, 2) and the hypotheses' logits (B, K).
 """
@@ -120,7 +121,10 @@ def mlp(inside: int, hidden: int, outside: int) -> nn.Sequential:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a network: see ``trajectory.StudentSection``; ``observe`` and ``predict`` are time steps."""
+    """Sizes of a network: see ``trajectory.StudentSection``; ``observe`` and ``predict`` are time steps.
+
+    ``pace`` is in scaled units a step.
+    """
 
     observe: int
     predict: int
@@ -131,10 +135,29 @@ class Shape:
     dropout: float = 0.1
     activation: str = "gelu"
     unit: float = 60.0
+    pace: float | None = None
 
     @property
     def steps(self) -> int:
         return self.observe + self.predict
+
+    def inp(self) -> nn.Linear:
+        """The layer that makes tokens of positions."""
+        return nn.Linear(2 if self.pace is None else 3, self.width)
+
+    def haste(self, observed: Tensor) -> Tensor | float:
+        """(B, t, 2), 2 <= t -> (B, 1, 1): by how much the mean step is longer than ``pace``, at least 1."""
+        if self.pace is None:
+            return 1.0
+        step: Tensor = (observed[:, 1:] - observed[:, :-1]).norm(dim=-1).mean(1)
+        return (step / self.pace).clamp(min=1)[:, None, None]
+
+    def tokens(self, inp: nn.Module, places: Tensor, haste: Tensor | float) -> Tensor:
+        """Positions (B, t, 2) -> (B, t, d)."""
+        inside = places / (self.unit * haste)
+        if isinstance(haste, Tensor):
+            inside = torch.cat([inside, haste.log().expand(*places.shape[:2], 1)], -1)
+        return in_float32(inp, inside)
 
     def encoder(self) -> Encoder:
         return Encoder(self.width, self.depth, self.heads, self.dropout, self.activation, self.steps)
@@ -146,16 +169,19 @@ class Step(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        self.inp, self.encoder, self.head = nn.Linear(2, shape.width), shape.encoder(), nn.Linear(shape.width, 2)
+        self.inp, self.encoder, self.head = shape.inp(), shape.encoder(), nn.Linear(shape.width, 2)
 
     def features(self, track: Tensor) -> Tensor:
         """(B, t, 2), t < T -> (B, t, d)."""
-        tokens = in_float32(self.inp, track / self.shape.unit)
+        tokens = self.shape.tokens(self.inp, track, self._haste(track))
         return self.encoder(tokens, range(1, track.shape[1] + 1), causal=True)  # type: ignore[no-any-return]
 
     def forward(self, track: Tensor) -> Tensor:
         """(B, t, 2) -> (B, t, 2): the position after each."""
-        return in_float32(self.head, self.features(track)) * self.shape.unit
+        return in_float32(self.head, self.features(track)) * (self.shape.unit * self._haste(track))
+
+    def _haste(self, track: Tensor) -> Tensor | float:
+        return self.shape.haste(track[:, : self.shape.observe])
 
 
 class Destination(nn.Module):
@@ -177,16 +203,17 @@ class Destination(nn.Module):
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d): the prompt's feature."""
         prompt = self.pin(self.prompt).expand(observed.shape[0], 1, -1)
-        tokens = torch.cat([in_float32(self.inp, observed / self.shape.unit), prompt], 1)
+        tokens = torch.cat([self.shape.tokens(self.inp, observed, self.shape.haste(observed)), prompt], 1)
         return self.encoder(tokens, self.positions, causal=True, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
-    def candidates(self, feature: Tensor) -> Tensor:
-        """(B, d) -> (B, K, 2)."""
-        return in_float32(self.head, feature).view(feature.shape[0], -1, 2) * self.shape.unit
+    def candidates(self, feature: Tensor, observed: Tensor) -> Tensor:
+        """(B, d) and (B, T_o, 2) -> (B, K, 2)."""
+        found = in_float32(self.head, feature).view(feature.shape[0], -1, 2)
+        return found * (self.shape.unit * self.shape.haste(observed))
 
     def forward(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, K, 2)."""
-        return self.candidates(self.feature(observed))
+        return self.candidates(self.feature(observed), observed)
 
 
 class PPT(nn.Module):
@@ -219,13 +246,13 @@ class PPT(nn.Module):
         """
         shape = self.shape
         prompts = self.pin(self.prompts).expand(observed.shape[0], -1, -1)
-        places = torch.cat([observed, destination[:, None]], 1) / shape.unit
-        tokens = in_float32(self.inp, places)
+        haste = shape.haste(observed)
+        tokens = shape.tokens(self.inp, torch.cat([observed, destination[:, None]], 1), haste)
         tokens = torch.cat([tokens[:, :-1], prompts, tokens[:, -1:]], 1)
         features = self.encoder(tokens, range(1, shape.steps + 1), causal=False, keep=slice(shape.observe - 1, -1))
         first, middle = in_float32(self.first, features[:, :1]), in_float32(self.middle, features[:, 1:-1])
         last = in_float32(self.last, features[:, -1:])
-        path = torch.cat([first, middle, last], 1) * shape.unit
+        path = torch.cat([first, middle, last], 1) * (shape.unit * haste)
         end = torch.cat([torch.zeros_like(path[:, :-1]), destination[:, None]], 1)
         return path + end, features
 
@@ -248,7 +275,7 @@ class OneShot(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
-        self.inp, self.encoder = nn.Linear(2, shape.width), shape.encoder()
+        self.inp, self.encoder = shape.inp(), shape.encoder()
         hidden, outputs = 4 * shape.width, shape.hypotheses * (2 * shape.predict + 1)
         self.head = nn.Sequential(nn.Linear(shape.width, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
 
@@ -258,20 +285,20 @@ class OneShot(nn.Module):
 
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d)."""
-        tokens = in_float32(self.inp, observed / self.shape.unit)
+        tokens = self.shape.tokens(self.inp, observed, self.shape.haste(observed))
         positions = range(1, self.shape.observe + 1)
         return self.encoder(tokens, positions, causal=False, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
-    def decode(self, feature: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, d) -> paths (B, K, T_p, 2), logits (B, K)."""
+    def decode(self, feature: Tensor, observed: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, d) and (B, T_o, 2) -> paths (B, K, T_p, 2), logits (B, K)."""
         out = in_float32(self.head, feature)
-        count = self.shape.hypotheses
-        paths = out[:, count:].view(feature.shape[0], count, self.shape.predict, 2)
-        return paths * self.shape.unit, out[:, :count]
+        shape = self.shape
+        paths = out[:, shape.hypotheses :].view(feature.shape[0], -1, 2) * (shape.unit * shape.haste(observed))
+        return paths.view(-1, shape.hypotheses, shape.predict, 2), out[:, : shape.hypotheses]
 
     def forward(self, observed: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T_o, 2) -> paths (B, K, T_p, 2), logits (B, K)."""
-        return self.decode(self.feature(observed))
+        return self.decode(self.feature(observed), observed)
 
 
 # --- building and loading
@@ -280,7 +307,8 @@ class OneShot(nn.Module):
 def shape_of(section: Any, info: Mapping[str, Any]) -> Shape:
     """The sizes that a ``StudentSection`` asks for, for data of ``info``."""
     keys = ("hypotheses", "width", "depth", "heads", "dropout", "activation", "unit")
-    return Shape(info["observe"], info["predict"], **{key: getattr(section, key) for key in keys})
+    pace = section.pace and section.pace * section.scale_of(info["unit"])
+    return Shape(info["observe"], info["predict"], **{key: getattr(section, key) for key in keys}, pace=pace)
 
 
 def build(section: Any, info: Mapping[str, Any], seed: int) -> nn.Module:

@@ -111,7 +111,7 @@ def predictions(job: Job) -> None:
                 for start in range(0, count, size):
                     observed = torch.from_numpy(tracks[version, start : start + size, :observe]).to(device)
                     feature = net.destination.feature(observed)  # type: ignore[operator, union-attr]
-                    paths = net.paths(observed, net.destination.candidates(feature))  # type: ignore[operator, union-attr]
+                    paths = net.paths(observed, net.destination.candidates(feature, observed))  # type: ignore[operator, union-attr]
                     files["paths"][version, start : start + size] = paths.cpu().numpy()
                     files["feature"][version, start : start + size] = feature.cpu().numpy()
                     bar.advance(len(observed))
