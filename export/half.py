@@ -38,6 +38,7 @@ _MOVES = (
 )
 _DECODES = ("Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Exp", "Sqrt", "CumSum", "ArgMax", "TopK", "ReduceMax")
 _LIGHT = frozenset((*_ARITHMETIC, *_MOVES))
+_STATISTICS = _LIGHT | frozenset((*_SUMS, "ReduceMax", "ReduceMin", "Pow", "Sqrt", "Reciprocal", "Log"))
 _DECODE = _LIGHT | frozenset((*_DECODES, "GatherElements"))
 
 
@@ -85,6 +86,8 @@ def _constants(model: Any) -> set[str]:
 def measured(model: Any) -> set[str]:
     """Names of the convolutions and matrix products that read a float graph input, but for casts, scaling and joining.
 
+    Scaling may be by what the input itself says, as its mean or its size.
+
     Eight bits are all that a pixel has; of a position in metres they leave centimetres.
     """
     import onnx
@@ -96,7 +99,7 @@ def measured(model: Any) -> set[str]:
         read = set(node.input) - constants
         if node.op_type in COMPUTE and near.intersection(node.input[:2]):  # the third is a bias
             found.add(node.name)
-        elif node.op_type in _LIGHT and read and (read <= near or (node.op_type == "Concat" and read & near)):
+        elif node.op_type in _STATISTICS and read and (read <= near or (node.op_type == "Concat" and read & near)):
             near |= set(node.output)
     return found
 

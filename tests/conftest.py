@@ -20,8 +20,11 @@ def data_root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported_tracks(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The run folder (data, student, onnx) of a tiny ``ppt`` or ``one_shot``, exported once for all tests."""
+def exported_tracks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The run folder (data, student, onnx) of a tiny ``ppt`` or ``one_shot``, exported once for all tests.
+
+    The second argument is its ``pace``.
+    """
     from tests.toolchain.methods.walks import write_exported
 
-    return cache(lambda model: write_exported(tmp_path_factory.mktemp(model), model))
+    return cache(lambda model, pace=None: write_exported(tmp_path_factory.mktemp(model), model, pace))

@@ -69,7 +69,7 @@ def test_a_pass_for_each_candidate_predicts_the_same() -> None:
 
 @pytest.mark.slow
 def test_a_quick_run_on_tiny_networks_is_rendered_into_a_document(
-    exported_tracks: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported_tracks: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ppt, "NETWORKS", {"PPT, tiny": (TINY, config({"name": "ppt"}).method)})
     monkeypatch.setattr(ppt, "STUDENTS", {"student, tiny": STUDENT})

@@ -18,9 +18,9 @@ from toolchain.stage import Job
 from toolchain.tasks import trajectory
 
 
-@pytest.fixture(params=["ppt", "one_shot"])
-def root(request: pytest.FixtureRequest, exported_tracks: Callable[[str], Path]) -> Path:
-    return exported_tracks(request.param)
+@pytest.fixture(params=[("ppt",), ("one_shot",), ("ppt", 0.4), ("one_shot", 0.4)], ids=str)
+def root(request: pytest.FixtureRequest, exported_tracks: Callable[..., Path]) -> Path:
+    return exported_tracks(*request.param)
 
 
 @pytest.fixture

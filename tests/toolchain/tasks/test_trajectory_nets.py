@@ -53,6 +53,18 @@ def used_positions(net: Any, call: Callable[[], Tensor]) -> list[int]:
     return used
 
 
+def outputs(net: nn.Module, track: Tensor) -> Tensor:
+    found = net(track)
+    return found if isinstance(found, Tensor) else found[0]  # type: ignore[no-any-return]
+
+
+PACED: list[Callable[[Shape], nn.Module]] = [
+    Step,
+    lambda shape: Destination(Step(shape)),
+    lambda shape: PPT(Destination(Step(shape))),
+    OneShot,
+]
+
 # --- the encoder
 
 
@@ -125,6 +137,31 @@ def test_destination_is_the_plain_causal_transformer_with_a_prompt_at_the_end() 
     feature = naive(net.encoder, tokens, [*range(1, 9), 19], causal=True)[:, -1]
     torch.testing.assert_close(net.feature(observed), feature)
     torch.testing.assert_close(net(observed), net.head(feature).view(3, K, 2) * 60)
+
+
+# --- pace
+
+
+def test_who_walks_faster_is_divided_by_that_much_more() -> None:
+    observed = torch.tensor([1.0, 2.0, 6.0])[:, None, None] * torch.tensor([0.6, 0.8]) * torch.arange(-7.0, 1)[:, None]
+    assert shape(pace=2.0).haste(observed).flatten().tolist() == pytest.approx([1, 1, 3])
+    assert shape().haste(observed) == 1
+
+
+@pytest.mark.parametrize("make", PACED, ids=["step", "destination", "ppt", "one_shot"])
+def test_the_faster_a_walker_the_larger_what_is_predicted(make: Callable[[Shape], nn.Module]) -> None:
+    net, observed = shaken(make(shape(pace=0.5))), tracks()[:, :OBSERVE]
+    told = [module for name, module in net.named_modules() if name.split(".")[-1] == "inp"]
+    slow, first, second = observed / 1e3, outputs(net, observed), outputs(net, 2 * observed)
+    assert not torch.allclose(second, 2 * first), "the network is not told how fast"
+    for layer in told:
+        layer.weight.data[:, 2] = 0
+    torch.testing.assert_close(outputs(net, 2 * observed), 2 * outputs(net, observed))
+    assert not torch.allclose(outputs(net, 2 * slow), 2 * outputs(net, slow))
+
+    plain = make(shape()).double().eval()
+    plain.load_state_dict({k: v[:, :2] if k.endswith("inp.weight") else v for k, v in net.state_dict().items()})
+    torch.testing.assert_close(outputs(net, slow), outputs(plain, slow))
 
 
 def test_each_network_starts_as_a_copy_of_the_one_before() -> None:
