@@ -107,7 +107,7 @@ def study_table(rows: Sequence[Mapping[str, Any]], against: str | None = None, s
     if not rows:
         return "No results yet.\n"
     groups = grouped(rows)
-    if all("minADE" in row["metrics"] for row in rows):
+    if all({"minADE", f"{TEST_SELECTED}minADE"}.intersection(row["metrics"]) for row in rows):
         return trajectory_tables(groups, split)
     body = []
     known = list(dict.fromkeys(name for methods in groups.values() for name in methods))
@@ -184,8 +184,9 @@ def trajectory_tables(groups: Methods, split: str = TEST) -> str:
         _method_cells(groups, method, columns, averaged, (f"{TEST_SELECTED}minADE", f"{TEST_SELECTED}minFDE"))
         for method in _methods(groups)
     ]
-    habit = [[f"{name} (test-selected)", *cells] for name, *cells in habit if any(cell != "–" for cell in cells[:-1])]
     mean = [_method_cells(groups, method, columns, averaged, ("meanADE", "meanFDE")) for method in _methods(groups)]
+    best, habit, mean = ([row for row in rows if {*row[1:-1]} != {"–"}] for rows in (best, habit, mean))
+    habit = [[f"{name} (test-selected)", *cells] for name, *cells in habit]
     unit = "in metres" if scenes == columns else "in the unit of the data"
     parts = [
         markdown(title, [*references, *best, *habit], right=title[1:]),
@@ -196,8 +197,8 @@ def trajectory_tables(groups: Methods, split: str = TEST) -> str:
     ]
     if habit or references:
         parts.append(
-            "(test-selected): the epoch of the last training was chosen on the test split, as published numbers are; "
-            "that flatters, and serves only to compare with them.\n"
+            "(test-selected): the epoch of the last training, or of all where the row says so, was chosen on the test "
+            "split, as published numbers are; that flatters, and serves only to compare with them.\n"
         )
     if references:
         sources = [f"{row['method']}: {row['source']}" for row in known["rows"]]

@@ -75,6 +75,13 @@ def test_test_selected_scores_stand_in_rows_of_their_own() -> None:
     assert any(line.startswith("(test-selected): the epoch") for line in found)
 
 
+def test_a_method_that_the_test_split_selected_has_no_row_among_the_others() -> None:
+    selected = row("zara1", "habit", 0, 9, selected=0.17)
+    selected["metrics"] = {name: value for name, value in selected["metrics"].items() if "selected" in name}
+    found = lines([row("zara1", "ppt", 0, 0.2), selected])
+    assert [line for line in found if "habit" in line] == ["| habit (test-selected) | .170/.340 | 1 |"]
+
+
 def test_other_data_have_no_references_and_no_average() -> None:
     rows = [row("simulator", "ppt", 0, 0.2), row("simulator", "ppt", 0, 0.3)]
     found = lines(rows)

@@ -150,7 +150,9 @@ def test_names_of_only_are_checked(path: Path, only: str, words: str) -> None:
         study.rows(path)
 
 
-def worked_off(path: Path, monkeypatch: pytest.MonkeyPatch, **task: Any) -> dict[str, Any]:
+def worked_off(
+    path: Path, monkeypatch: pytest.MonkeyPatch, info: dict[str, Any] | None = None, **task: Any
+) -> dict[str, Any]:
     """The row of a run that is not trained; its samples lie in ``samples`` beside the study."""
     watched = {"test": {"epoch": 5, "scores": {"selection": 1.9, "minADE": 0.31, "minFDE": 0.97}}}
     run = SimpleNamespace(
@@ -162,7 +164,7 @@ def worked_off(path: Path, monkeypatch: pytest.MonkeyPatch, **task: Any) -> dict
     monkeypatch.setattr(
         "toolchain.distill.train_student", lambda *_: SimpleNamespace(run=run, student=student, val={"minADE": 0.4})
     )
-    monkeypatch.setattr(study, "load_data", lambda folder: None)
+    monkeypatch.setattr(study, "load_data", lambda folder: SimpleNamespace(info=info or {}))
     declared, rows = study.rows(path, ["seeds=[0]"])
     shared, results = path.parent / "shared", path.parent / "r.jsonl"
     shared.mkdir()
@@ -184,6 +186,13 @@ def test_what_a_training_watched_is_in_its_row(
     }
     assert "minADE 0.346, minFDE 1.000" in capsys.readouterr().err
     assert study.selected([]) == study.selected([{"epochs": 3}]) == {}
+
+
+def test_what_the_test_split_selected_is_never_called_anything_else(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = worked_off(path, monkeypatch, info={"validation": "test"})
+    assert row["metrics"] == {"test_selected_minADE": 0.3456, "test_selected_minFDE": 1.0}
 
 
 def test_samples_are_kept_under_the_name_that_their_row_gives(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
