@@ -197,13 +197,14 @@ def trajectory_tables(groups: Methods, split: str = TEST) -> str:
     ]
     if habit or references:
         parts.append(
-            "(test-selected): the epoch of the last training, or of all where the row says so, was chosen on the test "
-            "split, as published numbers are; that flatters, and serves only to compare with them.\n"
+            "(test-selected): the epoch of the last training, with the official protocol of all of them, was chosen on "
+            "the test split, as published numbers are; that flatters, and serves only to compare with them.\n"
         )
     if references:
         sources = [f"{row['method']}: {row['source']}" for row in known["rows"]]
         parts.append(f"{'; '.join(sources)}.\n")
-    parts += [markdown(title, mean, right=title[1:]), "meanADE/meanFDE: the mean over all K paths.\n"]
+    if mean:
+        parts += [markdown(title, mean, right=title[1:]), "meanADE/meanFDE: the mean over all K paths.\n"]
     return "\n".join([*parts, _made_on(groups)])
 
 

@@ -38,7 +38,7 @@ _MOVES = (
 )
 _DECODES = ("Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Exp", "Sqrt", "CumSum", "ArgMax", "TopK", "ReduceMax")
 _LIGHT = frozenset((*_ARITHMETIC, *_MOVES))
-_STATISTICS = _LIGHT | frozenset((*_SUMS, "ReduceMax", "ReduceMin", "Pow", "Sqrt", "Reciprocal", "Log"))
+_STATISTICS = _LIGHT | frozenset(("ReduceL2", "ReduceMean", "Log"))
 _DECODE = _LIGHT | frozenset((*_DECODES, "GatherElements"))
 
 

@@ -17,7 +17,16 @@ from rich.table import Table
 
 from toolchain import artifact, child, pipeline
 from toolchain.artifact import EdgestillError, Manifest, UsageError
-from toolchain.config import Config, Precision, allowed, apply_overrides, validate, validate_section
+from toolchain.config import (
+    Config,
+    ConfigError,
+    Precision,
+    allowed,
+    apply_overrides,
+    validate,
+    validate_section,
+    validates_on_test,
+)
 from toolchain.config import load as load_config
 from toolchain.pipeline import Pipeline, human_bytes, lock, perform, resumable
 from toolchain.section import Section
@@ -39,6 +48,11 @@ def run(
 ) -> dict[str, Any]:
     """Run a pipeline up to stage ``last`` (default: all of it)."""
     cfg = load_config(config, overrides)
+    if validates_on_test(cfg):
+        raise ConfigError(
+            f"{config}: data.validation: found test, by which the test split selects the model; only a study labels "
+            "what it finds so; remove the key, or write a study"
+        )
     root = out or Path("runs") / cfg.name
     work = Pipeline(cfg, root)
     if dry_run:

@@ -176,6 +176,11 @@ class Config(Section):
 Fault = tuple[tuple[Any, ...], str]
 
 
+def validates_on_test(config: Config) -> bool:
+    """Whether the test split selects what this config trains: then all that is found must be told as such."""
+    return getattr(config.data, "validation", None) == "test"
+
+
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read ``path``, apply ``key.sub=value`` overrides, validate. Raises ConfigError with every fault found."""
     path = Path(path)

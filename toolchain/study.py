@@ -33,6 +33,7 @@ from toolchain.config import (
     told,
     validate,
     validate_section,
+    validates_on_test,
 )
 from toolchain.pipeline import Pipeline, lock, plan, resumable, side_by_side
 from toolchain.section import Section
@@ -127,6 +128,11 @@ def rows(path: Path, overrides: Sequence[str] = ()) -> tuple[StudySection, list[
             checked = validate(config, source=str(path), lines=changed, overridden=overridden)
         except ConfigError as error:
             raise ConfigError(f"{error}\n(in the run of {method} on {dataset})") from error
+        if study.keep and validates_on_test(checked):
+            raise ConfigError(
+                f"{path}: keep: found a method whose students the test split selects ({method}, data.validation: "
+                "test); remove keep, or give it a study of its own"
+            )
         found.append(Row(dataset, method, seed, checked))
     return study, found
 
@@ -288,7 +294,10 @@ def work_off(job: Job) -> None:
         except EdgestillError as error:
             failures.append(f"{item['method']} seed {item['seed']}: {error}")
             continue
+        selects = validates_on_test(cfg)
         test = _tested(trained, job.out.parent / "samples", name)
+        test = {f"test_selected_{name}" if selects else name: value for name, value in test.items()}
+        validated = {f"val_{name}": value for name, value in trained.val.items()}
         if job.config["keep"]:
             place = Path(job.config["keep"]) / f"{item['dataset']}-{item['method']}-{item['seed']}"
             write(trained, place, cfg.section(*SECTIONS))
@@ -297,7 +306,7 @@ def work_off(job: Job) -> None:
             "method": item["method"],
             "dataset": item["dataset"],
             "seed": item["seed"],
-            "metrics": labelled(test, trained.val, trained.run.records, blind=data.info.get("validation") != "test"),
+            "metrics": test if selects else test | validated | selected(trained.run.records),
             "parameters": sum(p.numel() for p in trained.student.parameters()),
             "config_sha256": item["sha256"],
             "commit": job.config["commit"],
@@ -319,15 +328,6 @@ def work_off(job: Job) -> None:
         raise EdgestillError("\n".join(failures))
     with artifact.create(job.out, stage=job.stage, config={"study": job.config["study"]}):
         pass
-
-
-def labelled(
-    test: Mapping[str, float], val: Mapping[str, float], records: Sequence[Mapping[str, Any]], *, blind: bool
-) -> dict[str, float]:
-    """A row's metrics by name. Not ``blind``: the test split selected, so nothing is called anything else."""
-    if not blind:
-        return {f"test_selected_{name}": value for name, value in test.items()}
-    return {**test, **{f"val_{name}": value for name, value in val.items()}, **selected(records)}
 
 
 def selected(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -47,6 +47,14 @@ def in_run(root: Path, config: str, *overrides: str) -> Path:
     return root
 
 
+def test_a_run_is_not_validated_on_its_test_split(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"ppt.yaml: data.validation: found test, .* remove the key, or write a study"
+    ):
+        commands.run(CONFIGS / "ppt.yaml", ["data.validation=test", "train.select=best"], tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_export_outside_a_run_has_the_gates_of_its_task(tmp_path: Path, jobs: list[Job]) -> None:
     commands.export(student(tmp_path, "trajectory"), "fp16", [], None, None)
     limits = jobs[-1].config["export"]["parity"]["limits"]

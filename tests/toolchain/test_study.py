@@ -150,9 +150,7 @@ def test_names_of_only_are_checked(path: Path, only: str, words: str) -> None:
         study.rows(path)
 
 
-def worked_off(
-    path: Path, monkeypatch: pytest.MonkeyPatch, info: dict[str, Any] | None = None, **task: Any
-) -> dict[str, Any]:
+def worked_off(path: Path, monkeypatch: pytest.MonkeyPatch, **task: Any) -> dict[str, Any]:
     """The row of a run that is not trained; its samples lie in ``samples`` beside the study."""
     watched = {"test": {"epoch": 5, "scores": {"selection": 1.9, "minADE": 0.31, "minFDE": 0.97}}}
     run = SimpleNamespace(
@@ -164,7 +162,7 @@ def worked_off(
     monkeypatch.setattr(
         "toolchain.distill.train_student", lambda *_: SimpleNamespace(run=run, student=student, val={"minADE": 0.4})
     )
-    monkeypatch.setattr(study, "load_data", lambda folder: SimpleNamespace(info=info or {}))
+    monkeypatch.setattr(study, "load_data", lambda folder: None)
     declared, rows = study.rows(path, ["seeds=[0]"])
     shared, results = path.parent / "shared", path.parent / "r.jsonl"
     shared.mkdir()
@@ -189,10 +187,22 @@ def test_what_a_training_watched_is_in_its_row(
 
 
 def test_what_the_test_split_selected_is_never_called_anything_else(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = worked_off(path, monkeypatch, info={"validation": "test"})
+    monkeypatch.setattr(study, "validates_on_test", lambda config: True)
+    row = worked_off(path, monkeypatch)
     assert row["metrics"] == {"test_selected_minADE": 0.3456, "test_selected_minFDE": 1.0}
+    assert ": test_selected_minADE 0.346, test_selected_minFDE 1.000" in capsys.readouterr().err
+
+
+def test_students_that_the_test_split_selects_are_not_kept(path: Path) -> None:
+    base = DIGITS.with_name("ppt.yaml")
+    habit = "{honest: {}, habit: {data.validation: test, train.select: best}}"
+    path.write_text(f"study: s\nconfig: {base}\nprotocol: p\nseeds: [0]\ndatasets: {{zara1: {{}}}}\nmethods: {habit}\n")
+    study.rows(path)
+    path.write_text(path.read_text() + "keep: true\n")
+    with pytest.raises(ConfigError, match=r"keep: found a method .* \(habit, data.validation: test\); remove keep"):
+        study.rows(path)
 
 
 def test_samples_are_kept_under_the_name_that_their_row_gives(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,13 @@ Deliberate deviations, each a key of the config:
   Adam without weight decay at a constant learning rate, width 128, depth 3, dropout .1, GELU. They are in
   ``configs/studies/ppt_eth_ucy.yaml``, but for its one-cycle schedule.
 - Epochs are selected on the validation split, or not at all (``train.select``); the official code selects every stage
-  on the test split. ``test_selected`` reports what that habit would have reported of task III.
+  on the test split. ``test_selected`` reports what that habit would have reported of task III; ``data.validation:
+  test`` follows it in all of them.
 - ``winners`` above 1: in IIb the nearest of several candidates learn, their number falling geometrically to 1 over
   the first 60 % of the training, so that no candidate starves (evolving winner-takes-all: Makansi, Ilg, Cicek, Brox,
   CVPR 2019, arXiv 1906.03631). The paper has one winner throughout.
 - ``stretch``: windows in other sizes too, so that speeds are known which the training scenes do not have.
-- ``student.pace``: coordinates are divided by the speed of who walks faster, which the networks are told, for the same
+- ``student.speed_floor``: coordinates are divided by the observed speed, which the networks are told; for the same
   reason.
 - ``branches``: the path to one further candidate, drawn anew in every step, follows the one that the config's teacher
   predicts for it; the official code leaves the other K - 1 paths without supervision.

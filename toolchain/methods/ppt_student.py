@@ -31,7 +31,7 @@ from toolchain.train import Run
 class PPTStudent(Distiller):
     """``options`` are the weights of ``methods.options.PPTStudent``; ``feature`` is the width of the teacher's.
 
-    With a feature the student has ``feature``, ``decode`` and ``width`` (see ``OneShot``).
+    With a feature the student has ``width``, ``feature(observed)`` and ``decode(feature, observed)`` (see ``OneShot``).
     """
 
     def __init__(self, student: nn.Module, options: Any, observe: int, feature: int | None) -> None:

@@ -41,9 +41,9 @@ INTERPOLATED = (
     "the ETH recording biwi_eth is a 10-frame interpolation of 6-frame annotations, as in the literature: people move "
     "about twice as far a step as in every other scene, and results on the 6-frame file do not compare"
 )
-HABIT = (
-    "the held-out scene is the validation split too, as in PPT's official code: what is selected by it flatters, and "
-    "serves only to compare with published figures"
+TEST_VALIDATION = (
+    "the held-out scene is the validation split too, as in PPT's official code, and the validation windows train: what "
+    "is selected by it flatters, and serves only to compare with published figures"
 )
 
 NAMED = 3  # recordings that are told by name
@@ -62,8 +62,8 @@ class DataSection(Section):
     val and test; else the data folder (default: EDGESTILL_DATA, else a cache folder). ``least_agents``: windows count
     where so many people share them (2: the Social-GAN loader's rule).
 
-    ``validation``: ``test`` is the official code's habit, by which the held-out scene is the validation split too, and
-    the validation windows train; studies label what they find ``test_selected_``.
+    ``validation``: ``test`` is the habit of PPT's official code, by which the held-out scene is the validation split
+    too; the validation windows then train. For studies alone, which label what they find ``test_selected_``.
 
     Frame ids are ``frame_step`` apart (sdd: 12) for ``seconds_per_step``. ``columns``: names or numbers (from 0) of
     frame, id, x and y. ``metres_per_unit`` makes metres of the files' unit. ``val_fraction`` and ``test_fraction``:
@@ -74,7 +74,7 @@ class DataSection(Section):
 
     source: Literal["simulator", "eth_ucy", "sdd", "files"]
     scene: Literal["eth", "hotel", "univ", "zara1", "zara2"] | None = None
-    validation: Literal["split", "test"] = "split"
+    validation: Annotated[Literal["split", "test"], Field(exclude_if=lambda value: value == "split")] = "split"
     path: str | None = None
     observe: Annotated[int, Field(ge=2)] = 8
     predict: Positive = 12
@@ -133,7 +133,6 @@ def prepare(section: DataSection) -> Data:
     """
     parts, note = READERS[section.source](section)
     info = {key: getattr(section, key) for key in ("source", "unit", "observe", "predict", "seconds_per_step")}
-    info |= {"validation": "test"} if section.validation == "test" else {}
     counts, splits, lost = {}, {}, list[str]()
     for name in PARTS:
         splits[name], counts[name], without = _cut(section, name, parts[name])
@@ -244,7 +243,7 @@ def _eth_ucy(section: DataSection) -> tuple[Recordings, str | None]:
     }
     if section.validation == "test":
         parts = {"train": parts["train"] + parts["val"], "val": parts["test"], "test": parts["test"]}
-        notes.append(HABIT)
+        notes.append(TEST_VALIDATION)
     return parts, "; ".join(notes) or None
 
 

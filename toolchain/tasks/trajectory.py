@@ -56,9 +56,10 @@ class StudentSection(Section):
     """A network: ``ppt`` (three encoders of ``depth`` layers), ``one_shot`` or ``package.module:function`` of your own.
 
     ``scale``: what tracks are multiplied by for the losses (default 30 for metres, the pixels of the Stanford Drone
-    Dataset, 1 for pixels); ``unit``: what the network divides them by inside. ``pace``, in the data's unit a step: who
-    walks faster is divided by that much more, so that a network knows speeds it was not trained on. Ours; task I then
-    knows the mean of the observed steps before it has seen them. A function of your own is called with
+    Dataset, 1 for pixels); ``unit``: what the network divides them by inside. ``speed_floor``, in the data's unit a
+    step: tracks are divided by their mean observed speed too, in floors, of at least one, so that a network knows
+    speeds it was not trained on (give a ``unit`` that much smaller). Ours; task I then knows the mean of the observed
+    steps before it has seen them. A function of your own is called with
     ``options`` and returns a module from observed (B, T_o, 2) to paths (B, K, T_p, 2) and logits (B, K).
     """
 
@@ -71,7 +72,7 @@ class StudentSection(Section):
     activation: Literal["gelu", "relu"] = "relu"
     scale: Annotated[float, Field(gt=0)] | None = None
     unit: Annotated[float, Field(gt=0)] = 60.0
-    pace: Annotated[float, Field(gt=0)] | None = None
+    speed_floor: Annotated[Annotated[float, Field(gt=0)] | None, Field(exclude_if=lambda value: value is None)] = None
     options: dict[str, Any] = Field(default_factory=dict)
     max_parameters: Positive | None = None
 
@@ -79,6 +80,8 @@ class StudentSection(Section):
     def _sound(self) -> StudentSection:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        if self.speed_floor is not None and self.model not in ("ppt", "one_shot"):
+            raise ValueError(f"speed_floor is for ppt and one_shot; {self.model} normalises speeds itself; remove it")
         if self.options and self.model in ("ppt", "one_shot"):
             raise ValueError(f"options are for a function of your own; {self.model} has width, depth, heads, ...")
         return self
@@ -140,6 +143,9 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
         faults.append(
             (("method",), f"{name} is for pictures; for trajectories choose {' or '.join(sorted(TRAJECTORY))}")
         )
+    if config.data.validation == "test" and config.train.select != "best":
+        message = f"expected train.select best, found {config.train.select}: nothing would be selected; remove the key"
+        faults.append((("data", "validation"), message))
     if name == "ppt" and student.model != "ppt":
         faults.append((("student", "model"), f"method ppt trains the network ppt, found {student.model}"))
     if name == "ppt" and method.winners > student.hypotheses:

@@ -3,8 +3,9 @@
 ``Step``, ``Destination`` and ``PPT`` are the three networks of Lin, Liang, Lai, Hu, *Progressive Pretext Task Learning
 for Human Trajectory Prediction* (ECCV 2024, arXiv 2407.11588), each built from the one before it; ``OneShot`` is ours,
 small enough for a camera. Tracks are relative to the last observed position and multiplied by the scale (metres to the
-loss's unit); a network divides them by ``unit`` inside and multiplies what it predicts back. With ``pace`` (ours) that
-divisor grows with the speed of who walks faster, whom the network then sees walking at ``pace``, and is told so.
+loss's unit); a network divides them by ``unit`` inside and multiplies what it predicts back. With a ``speed_floor``
+(ours) that divisor is proportional to the observed speed, where it is above the floor, and the network is told by how
+much.
 
 Every network that ships maps observed (B, T_o, 2) to paths (B, K, T_p, 2) and the hypotheses' logits (B, K).
 """
@@ -123,7 +124,7 @@ def mlp(inside: int, hidden: int, outside: int) -> nn.Sequential:
 class Shape:
     """Sizes of a network: see ``trajectory.StudentSection``; ``observe`` and ``predict`` are time steps.
 
-    ``pace`` is in scaled units a step.
+    ``speed_floor`` is in scaled units a step.
     """
 
     observe: int
@@ -135,28 +136,28 @@ class Shape:
     dropout: float = 0.1
     activation: str = "gelu"
     unit: float = 60.0
-    pace: float | None = None
+    speed_floor: float | None = None
 
     @property
     def steps(self) -> int:
         return self.observe + self.predict
 
     def inp(self) -> nn.Linear:
-        """The layer that makes tokens of positions."""
-        return nn.Linear(2 if self.pace is None else 3, self.width)
+        """The layer that makes tokens of x, y and, with a ``speed_floor``, the logarithm of the relative speed."""
+        return nn.Linear(2 if self.speed_floor is None else 3, self.width)
 
-    def haste(self, observed: Tensor) -> Tensor | float:
-        """(B, t, 2), 2 <= t -> (B, 1, 1): by how much the mean step is longer than ``pace``, at least 1."""
-        if self.pace is None:
+    def relative_speed(self, observed: Tensor) -> Tensor | float:
+        """(B, t, 2), 2 <= t -> (B, 1, 1): mean step over ``speed_floor``, at least 1; 1.0 without one."""
+        if self.speed_floor is None:
             return 1.0
         step: Tensor = (observed[:, 1:] - observed[:, :-1]).norm(dim=-1).mean(1)
-        return (step / self.pace).clamp(min=1)[:, None, None]
+        return (step / self.speed_floor).clamp(min=1)[:, None, None]
 
-    def tokens(self, inp: nn.Module, places: Tensor, haste: Tensor | float) -> Tensor:
-        """Positions (B, t, 2) -> (B, t, d)."""
-        inside = places / (self.unit * haste)
-        if isinstance(haste, Tensor):
-            inside = torch.cat([inside, haste.log().expand(*places.shape[:2], 1)], -1)
+    def tokens(self, inp: nn.Module, places: Tensor, speed: Tensor | float) -> Tensor:
+        """Positions (B, t, 2) of people of the relative ``speed`` -> (B, t, d)."""
+        inside = places / (self.unit * speed)
+        if isinstance(speed, Tensor):
+            inside = torch.cat([inside, speed.log().expand(*places.shape[:2], 1)], -1)
         return in_float32(inp, inside)
 
     def encoder(self) -> Encoder:
@@ -173,15 +174,15 @@ class Step(nn.Module):
 
     def features(self, track: Tensor) -> Tensor:
         """(B, t, 2), t < T -> (B, t, d)."""
-        tokens = self.shape.tokens(self.inp, track, self._haste(track))
+        tokens = self.shape.tokens(self.inp, track, self._speed(track))
         return self.encoder(tokens, range(1, track.shape[1] + 1), causal=True)  # type: ignore[no-any-return]
 
     def forward(self, track: Tensor) -> Tensor:
         """(B, t, 2) -> (B, t, 2): the position after each."""
-        return in_float32(self.head, self.features(track)) * (self.shape.unit * self._haste(track))
+        return in_float32(self.head, self.features(track)) * (self.shape.unit * self._speed(track))
 
-    def _haste(self, track: Tensor) -> Tensor | float:
-        return self.shape.haste(track[:, : self.shape.observe])
+    def _speed(self, track: Tensor) -> Tensor | float:
+        return self.shape.relative_speed(track[:, : self.shape.observe])
 
 
 class Destination(nn.Module):
@@ -203,13 +204,13 @@ class Destination(nn.Module):
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d): the prompt's feature."""
         prompt = self.pin(self.prompt).expand(observed.shape[0], 1, -1)
-        tokens = torch.cat([self.shape.tokens(self.inp, observed, self.shape.haste(observed)), prompt], 1)
+        tokens = torch.cat([self.shape.tokens(self.inp, observed, self.shape.relative_speed(observed)), prompt], 1)
         return self.encoder(tokens, self.positions, causal=True, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
     def candidates(self, feature: Tensor, observed: Tensor) -> Tensor:
         """(B, d) and (B, T_o, 2) -> (B, K, 2)."""
         found = in_float32(self.head, feature).view(feature.shape[0], -1, 2)
-        return found * (self.shape.unit * self.shape.haste(observed))
+        return found * (self.shape.unit * self.shape.relative_speed(observed))
 
     def forward(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, K, 2)."""
@@ -246,13 +247,13 @@ class PPT(nn.Module):
         """
         shape = self.shape
         prompts = self.pin(self.prompts).expand(observed.shape[0], -1, -1)
-        haste = shape.haste(observed)
-        tokens = shape.tokens(self.inp, torch.cat([observed, destination[:, None]], 1), haste)
+        speed = shape.relative_speed(observed)
+        tokens = shape.tokens(self.inp, torch.cat([observed, destination[:, None]], 1), speed)
         tokens = torch.cat([tokens[:, :-1], prompts, tokens[:, -1:]], 1)
         features = self.encoder(tokens, range(1, shape.steps + 1), causal=False, keep=slice(shape.observe - 1, -1))
         first, middle = in_float32(self.first, features[:, :1]), in_float32(self.middle, features[:, 1:-1])
         last = in_float32(self.last, features[:, -1:])
-        path = torch.cat([first, middle, last], 1) * (shape.unit * haste)
+        path = torch.cat([first, middle, last], 1) * (shape.unit * speed)
         end = torch.cat([torch.zeros_like(path[:, :-1]), destination[:, None]], 1)
         return path + end, features
 
@@ -285,7 +286,7 @@ class OneShot(nn.Module):
 
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d)."""
-        tokens = self.shape.tokens(self.inp, observed, self.shape.haste(observed))
+        tokens = self.shape.tokens(self.inp, observed, self.shape.relative_speed(observed))
         positions = range(1, self.shape.observe + 1)
         return self.encoder(tokens, positions, causal=False, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
@@ -293,7 +294,7 @@ class OneShot(nn.Module):
         """(B, d) and (B, T_o, 2) -> paths (B, K, T_p, 2), logits (B, K)."""
         out = in_float32(self.head, feature)
         shape = self.shape
-        paths = out[:, shape.hypotheses :].view(feature.shape[0], -1, 2) * (shape.unit * shape.haste(observed))
+        paths = out[:, shape.hypotheses :].view(feature.shape[0], -1, 2) * (shape.unit * shape.relative_speed(observed))
         return paths.view(-1, shape.hypotheses, shape.predict, 2), out[:, : shape.hypotheses]
 
     def forward(self, observed: Tensor) -> tuple[Tensor, Tensor]:
@@ -307,8 +308,8 @@ class OneShot(nn.Module):
 def shape_of(section: Any, info: Mapping[str, Any]) -> Shape:
     """The sizes that a ``StudentSection`` asks for, for data of ``info``."""
     keys = ("hypotheses", "width", "depth", "heads", "dropout", "activation", "unit")
-    pace = section.pace and section.pace * section.scale_of(info["unit"])
-    return Shape(info["observe"], info["predict"], **{key: getattr(section, key) for key in keys}, pace=pace)
+    floor = section.speed_floor and section.speed_floor * section.scale_of(info["unit"])
+    return Shape(info["observe"], info["predict"], **{key: getattr(section, key) for key in keys}, speed_floor=floor)
 
 
 def build(section: Any, info: Mapping[str, Any], seed: int) -> nn.Module:

@@ -72,7 +72,7 @@ def _finished(folder: Path, section: Any, job: Job) -> tuple[Any, dict[str, floa
             f"teacher.folder {folder}: expected a student of method ppt, found {found or manifest.stage}"
         )
     ours, theirs = job.config["data"], manifest.config["data"]
-    differing = sorted(key for key in ours if theirs.get(key) != ours[key])
+    differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if job.config.get("files", {}).get("data") and manifest.inputs["data"]["id"] != read(job.inputs["data"]).id:
         differing.append("the files")
     if differing:

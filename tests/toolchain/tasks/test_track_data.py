@@ -338,9 +338,7 @@ def test_eth_ucy_is_fetched_when_told_to(home: list[Path], tmp_path: Path) -> No
     assert sizes(habit) == {"train": 6 * (28 + 77), "val": 6 * 15, "test": 6 * 15}
     for name, array in habit.splits["val"].arrays.items():
         assert np.array_equal(array, habit.splits["test"].arrays[name])
-    assert habit.info["validation"] == "test"
     assert "flatters" in habit.info["note"]
-    assert "validation" not in data.info
     (root / home[0]).unlink()
     with pytest.raises(DataError, match=f"1 are missing, {home[0]} first"):
         prepare(DataSection(**keys))

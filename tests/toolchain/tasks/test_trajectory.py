@@ -71,6 +71,7 @@ def test_agreement_is_the_share_of_positions_within_one_percent_of_the_way() -> 
     [
         ({"width": 10, "heads": 4}, "width 10 is no multiple of heads 4"),
         ({"options": {"a": 1}}, "options are for a function of your own"),
+        ({"model": "nets:mine", "speed_floor": 0.05}, "speed_floor is for ppt and one_shot; nets:mine normalises"),
         ({"model": "resnet18"}, "should match pattern"),
         ({"scale": 0}, "greater than 0"),
     ],
@@ -118,6 +119,7 @@ def fault(path: Path, *overrides: str) -> str:
         ("trajectory_demo", ["method=prockd"], "method", "prockd is for pictures; for trajectories choose ppt or"),
         ("trajectory_demo", ["method=plain", "teacher=null"], "method", "choose ppt or ppt_student"),
         ("ppt", ["student.model=one_shot"], "student.model", "trains the network ppt, found one_shot"),
+        ("ppt", ["data.validation=test"], "data.validation", "expected train.select best, found last"),
         ("ppt", ["method.winners=21"], "method.winners", "at most the 20 hypotheses, found 21"),
         ("ppt", ["method.branches=1"], "teacher", "if and only if method.branches is above 0"),
         ("ppt", ["teacher.folder=runs/a/student"], "teacher", "if and only if method.branches is above 0"),

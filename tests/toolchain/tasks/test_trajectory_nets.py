@@ -21,7 +21,19 @@ from toolchain.checkpoint import save_tensors
 from toolchain.tasks import trajectory
 from toolchain.tasks.backbones import ModelError
 from toolchain.tasks.trajectory import StudentSection
-from toolchain.tasks.trajectory_nets import EVERY, LAST, PPT, Destination, Encoder, OneShot, Shape, Step, build, deploy
+from toolchain.tasks.trajectory_nets import (
+    EVERY,
+    LAST,
+    PPT,
+    Destination,
+    Encoder,
+    OneShot,
+    Shape,
+    Step,
+    build,
+    deploy,
+    shape_of,
+)
 
 
 def naive(encoder: Any, tokens: Tensor, positions: list[int], causal: bool) -> Tensor:
@@ -58,7 +70,7 @@ def outputs(net: nn.Module, track: Tensor) -> Tensor:
     return found if isinstance(found, Tensor) else found[0]  # type: ignore[no-any-return]
 
 
-PACED: list[Callable[[Shape], nn.Module]] = [
+NETWORKS: list[Callable[[Shape], nn.Module]] = [
     Step,
     lambda shape: Destination(Step(shape)),
     lambda shape: PPT(Destination(Step(shape))),
@@ -139,18 +151,26 @@ def test_destination_is_the_plain_causal_transformer_with_a_prompt_at_the_end() 
     torch.testing.assert_close(net(observed), net.head(feature).view(3, K, 2) * 60)
 
 
-# --- pace
+# --- speed
 
 
-def test_who_walks_faster_is_divided_by_that_much_more() -> None:
+def test_relative_speed_is_the_mean_step_in_floors_and_at_least_one() -> None:
     observed = torch.tensor([1.0, 2.0, 6.0])[:, None, None] * torch.tensor([0.6, 0.8]) * torch.arange(-7.0, 1)[:, None]
-    assert shape(pace=2.0).haste(observed).flatten().tolist() == pytest.approx([1, 1, 3])
-    assert shape().haste(observed) == 1
+    assert shape(speed_floor=2.0).relative_speed(observed).flatten().tolist() == pytest.approx([1, 1, 3])
+    assert shape().relative_speed(observed) == 1
+    assert shape_of(StudentSection(speed_floor=0.05), INFO).speed_floor == 0.05 * 30
 
 
-@pytest.mark.parametrize("make", PACED, ids=["step", "destination", "ppt", "one_shot"])
+def test_task_1_is_told_no_speed_of_the_future() -> None:
+    net, track = shaken(Step(shape(speed_floor=0.5))), tracks()[:, :-1]
+    changed = track.clone()
+    changed[:, OBSERVE:] *= 3
+    torch.testing.assert_close(net(changed)[:, :OBSERVE], net(track)[:, :OBSERVE])
+
+
+@pytest.mark.parametrize("make", NETWORKS, ids=["step", "destination", "ppt", "one_shot"])
 def test_the_faster_a_walker_the_larger_what_is_predicted(make: Callable[[Shape], nn.Module]) -> None:
-    net, observed = shaken(make(shape(pace=0.5))), tracks()[:, :OBSERVE]
+    net, observed = shaken(make(shape(speed_floor=0.5))), tracks()[:, :OBSERVE]
     told = [module for name, module in net.named_modules() if name.split(".")[-1] == "inp"]
     slow, first, second = observed / 1e3, outputs(net, observed), outputs(net, 2 * observed)
     assert not torch.allclose(second, 2 * first), "the network is not told how fast"

@@ -152,6 +152,11 @@ def other_data(root: Path, other: Path) -> tuple[Path, dict[str, Any]]:
     return finished(root, data={"source": "simulator", "seed": 4}), TEACHER["student"]
 
 
+def selected_by_the_test_split(root: Path, other: Path) -> tuple[Path, dict[str, Any]]:
+    data = {"source": "eth_ucy", "scene": "zara1", "validation": "test"}
+    return finished(root, data=data, train={"select": "best", "epochs": 1}), TEACHER["student"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -159,6 +164,7 @@ def other_data(root: Path, other: Path) -> tuple[Path, dict[str, Any]]:
         (data_folder, "expected a student of method ppt, found data"),
         (plain_student, "expected a student of method ppt, found ppt_student"),
         (other_network, "another network than teacher.student says; copy its student section"),
+        (selected_by_the_test_split, "trained on other data (scene, source, validation differ)"),
         (other_data, "trained on other data (seed differ), so it may have seen this run's test split"),
     ],
 )
