@@ -153,11 +153,15 @@ class Shape:
         step: Tensor = (observed[:, 1:] - observed[:, :-1]).norm(dim=-1).mean(1)
         return (step / self.speed_floor).clamp(min=1)[:, None, None]
 
-    def tokens(self, inp: nn.Module, places: Tensor, speed: Tensor | float) -> Tensor:
-        """Positions (B, t, 2) of people of the relative ``speed`` -> (B, t, d)."""
-        inside = places / (self.unit * speed)
-        if isinstance(speed, Tensor):
-            inside = torch.cat([inside, speed.log().expand(*places.shape[:2], 1)], -1)
+    def divisor(self, observed: Tensor) -> Tensor | float:
+        """(B, t, 2) -> (B, 1, 1), or a number for all: what positions are divided by inside."""
+        return self.unit * self.relative_speed(observed)
+
+    def tokens(self, inp: nn.Module, places: Tensor, divisor: Tensor | float) -> Tensor:
+        """Positions (B, t, 2) -> (B, t, d)."""
+        inside = places / divisor
+        if isinstance(divisor, Tensor):
+            inside = torch.cat([inside, (divisor / self.unit).log().expand(*places.shape[:2], 1)], -1)
         return in_float32(inp, inside)
 
     def encoder(self) -> Encoder:
@@ -174,15 +178,15 @@ class Step(nn.Module):
 
     def features(self, track: Tensor) -> Tensor:
         """(B, t, 2), t < T -> (B, t, d)."""
-        tokens = self.shape.tokens(self.inp, track, self._speed(track))
+        tokens = self.shape.tokens(self.inp, track, self._divisor(track))
         return self.encoder(tokens, range(1, track.shape[1] + 1), causal=True)  # type: ignore[no-any-return]
 
     def forward(self, track: Tensor) -> Tensor:
         """(B, t, 2) -> (B, t, 2): the position after each."""
-        return in_float32(self.head, self.features(track)) * (self.shape.unit * self._speed(track))
+        return in_float32(self.head, self.features(track)) * self._divisor(track)
 
-    def _speed(self, track: Tensor) -> Tensor | float:
-        return self.shape.relative_speed(track[:, : self.shape.observe])
+    def _divisor(self, track: Tensor) -> Tensor | float:
+        return self.shape.divisor(track[:, : self.shape.observe])
 
 
 class Destination(nn.Module):
@@ -204,13 +208,12 @@ class Destination(nn.Module):
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d): the prompt's feature."""
         prompt = self.pin(self.prompt).expand(observed.shape[0], 1, -1)
-        tokens = torch.cat([self.shape.tokens(self.inp, observed, self.shape.relative_speed(observed)), prompt], 1)
+        tokens = torch.cat([self.shape.tokens(self.inp, observed, self.shape.divisor(observed)), prompt], 1)
         return self.encoder(tokens, self.positions, causal=True, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
     def candidates(self, feature: Tensor, observed: Tensor) -> Tensor:
         """(B, d) and (B, T_o, 2) -> (B, K, 2)."""
-        found = in_float32(self.head, feature).view(feature.shape[0], -1, 2)
-        return found * (self.shape.unit * self.shape.relative_speed(observed))
+        return in_float32(self.head, feature).view(feature.shape[0], -1, 2) * self.shape.divisor(observed)
 
     def forward(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, K, 2)."""
@@ -247,13 +250,13 @@ class PPT(nn.Module):
         """
         shape = self.shape
         prompts = self.pin(self.prompts).expand(observed.shape[0], -1, -1)
-        speed = shape.relative_speed(observed)
-        tokens = shape.tokens(self.inp, torch.cat([observed, destination[:, None]], 1), speed)
+        divisor = shape.divisor(observed)
+        tokens = shape.tokens(self.inp, torch.cat([observed, destination[:, None]], 1), divisor)
         tokens = torch.cat([tokens[:, :-1], prompts, tokens[:, -1:]], 1)
         features = self.encoder(tokens, range(1, shape.steps + 1), causal=False, keep=slice(shape.observe - 1, -1))
         first, middle = in_float32(self.first, features[:, :1]), in_float32(self.middle, features[:, 1:-1])
         last = in_float32(self.last, features[:, -1:])
-        path = torch.cat([first, middle, last], 1) * (shape.unit * speed)
+        path = torch.cat([first, middle, last], 1) * divisor
         end = torch.cat([torch.zeros_like(path[:, :-1]), destination[:, None]], 1)
         return path + end, features
 
@@ -286,7 +289,7 @@ class OneShot(nn.Module):
 
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d)."""
-        tokens = self.shape.tokens(self.inp, observed, self.shape.relative_speed(observed))
+        tokens = self.shape.tokens(self.inp, observed, self.shape.divisor(observed))
         positions = range(1, self.shape.observe + 1)
         return self.encoder(tokens, positions, causal=False, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
@@ -294,7 +297,7 @@ class OneShot(nn.Module):
         """(B, d) and (B, T_o, 2) -> paths (B, K, T_p, 2), logits (B, K)."""
         out = in_float32(self.head, feature)
         shape = self.shape
-        paths = out[:, shape.hypotheses :].view(feature.shape[0], -1, 2) * (shape.unit * shape.relative_speed(observed))
+        paths = out[:, shape.hypotheses :].view(feature.shape[0], -1, 2) * shape.divisor(observed)
         return paths.view(-1, shape.hypotheses, shape.predict, 2), out[:, : shape.hypotheses]
 
     def forward(self, observed: Tensor) -> tuple[Tensor, Tensor]:

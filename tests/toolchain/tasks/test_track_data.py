@@ -299,6 +299,16 @@ def test_eth_ucy_has_the_published_windows(data_root: Path, scene: Any) -> None:
     assert len(two.splits["test"]) == shared
 
 
+def test_people_of_eth_walk_at_speeds_that_are_hardly_trained_on(data_root: Path) -> None:
+    data = prepare(DataSection(source="eth_ucy", scene="eth", path=str(data_root)))
+
+    def fast(split: str) -> float:
+        steps = np.diff(data.splits[split].arrays["observed"], axis=1)
+        return float((np.linalg.norm(steps, axis=-1).mean(1) > 0.7).mean())
+
+    assert (round(fast("test"), 2), round(fast("train"), 3)) == (0.28, 0.003)
+
+
 def serve(folder: Path) -> http.server.ThreadingHTTPServer:
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments: Any) -> None:
