@@ -17,17 +17,9 @@ from rich.table import Table
 
 from toolchain import artifact, child, pipeline
 from toolchain.artifact import EdgestillError, Manifest, UsageError
-from toolchain.config import (
-    Config,
-    ConfigError,
-    Precision,
-    allowed,
-    apply_overrides,
-    validate,
-    validate_section,
-    validates_on_test,
-)
+from toolchain.config import Config, Precision, apply_overrides, validate, validate_section, validates_on_test
 from toolchain.config import load as load_config
+from toolchain.faults import ConfigError, allowed
 from toolchain.pipeline import Pipeline, human_bytes, lock, perform, resumable
 from toolchain.section import Section
 from toolchain.stage import Job, console

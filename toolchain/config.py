@@ -10,22 +10,19 @@ import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
-from toolchain.artifact import UsageError, digest
+from toolchain.artifact import digest
+from toolchain.faults import ConfigError, Fault, allowed, checked, kind, told
 from toolchain.methods.options import OPTIONS
 from toolchain.section import Section
 
 Precision = Literal["fp32", "fp16", "int8-cpu", "int8-trt"]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-class ConfigError(UsageError):
-    """The config is wrong; the message has a line per fault."""
 
 
 class TrainSection(Section):
@@ -173,9 +170,6 @@ class Config(Section):
         return digest(self.model_dump(mode="json"))
 
 
-Fault = tuple[tuple[Any, ...], str]
-
-
 def validates_on_test(config: Config) -> bool:
     """Whether the test split selects what this config trains: then all that is found must be told as such."""
     return getattr(config.data, "validation", None) == "test"
@@ -210,7 +204,7 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
         problem = " ".join(str(error).split())
         raise ConfigError(f"{path}: not valid YAML: {problem}") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys, found {_kind(value)}")
+        raise ConfigError(f"{path}: expected a mapping of keys, found {kind(value)}")
     if twice:
         faults = [(where, f"is on line {first} too; remove one") for where, first, _ in twice]
         raise told(faults, source=str(path), lines={where: second for where, _, second in twice})
@@ -298,11 +292,11 @@ def validate(
                     faults.append(((key,), f"task {value['task']} has no {key} section"))
                 sections[key] = None
             else:
-                sections[key] = _section(model, value.get(key), (key,), faults)
+                sections[key] = checked(model, value.get(key), (key,), faults)
     if method is not None:
-        sections["method"] = _section(method, value["method"], ("method",), faults)
+        sections["method"] = checked(method, value["method"], ("method",), faults)
     rest = {key: item for key, item in value.items() if key not in sections}
-    config = _section(
+    config = checked(
         Config, rest | {key: sections.get(key, {}) for key in ("data", "method") if key in value}, (), faults
     )
     if config is not None and not faults:
@@ -348,7 +342,7 @@ def validate_section(
 ) -> S:
     """One section on its own, as a stage reads it from its job. Raises ConfigError; its lines start with ``source``."""
     faults: list[Fault] = []
-    section = _section(model, dict(value), (), faults)
+    section = checked(model, dict(value), (), faults)
     if section is None:
         raise told(faults, source or model.__name__, lines, overridden)
     assert isinstance(section, model)
@@ -359,7 +353,7 @@ def _task(name: Any, faults: list[Fault]) -> Any:
     from toolchain.tasks import built_in, load_task
 
     if not isinstance(name, str):
-        faults.append((("task",), f"expected one of {', '.join(built_in())}, found {_kind(name)}"))
+        faults.append((("task",), f"expected one of {', '.join(built_in())}, found {kind(name)}"))
         return None
     if "." not in name and name not in built_in():
         faults.append(
@@ -400,103 +394,3 @@ def _method(value: Any, faults: list[Fault]) -> type[BaseModel] | None:
         faults.append((where, f"{name} has no function distill(cfg, run) that returns the student"))
         return None
     return options
-
-
-def _section(model: type[BaseModel], value: Any, where: tuple[Any, ...], faults: list[Fault]) -> Any:
-    if value is None:
-        value = {}
-    if not isinstance(value, dict):
-        faults.append((where, f"expected a section (a mapping of keys), found {_kind(value)}"))
-        return None
-    if bad := [key for key in value if not isinstance(key, str)]:
-        faults.append((where, f"keys must be text, found {bad[0]!r}"))
-        return None
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-        inside = {entry["loc"][:-1] for entry in found}  # a list whose items are wrong is called too short as well
-        found = [entry for entry in found if entry["type"] != "too_short" or entry["loc"] not in inside]
-        faults.extend(((*where, *_path(entry["loc"])), _explain(model, entry)) for entry in found)
-        return None
-    except RecursionError:
-        faults.append((where, "nested too deeply"))
-        return None
-
-
-def _path(loc: Sequence[Any]) -> tuple[Any, ...]:
-    tags = ("function-", "constrained", "literal", "nullable", "is-instance")
-    return tuple(part for part in loc if not (isinstance(part, str) and (part.startswith(tags) or "[" in part)))
-
-
-def _explain(model: type[BaseModel], entry: Any) -> str:
-    if entry["type"] == "extra_forbidden":
-        names = _keys_at(model, entry["loc"][:-1])
-        return f"unknown key; {allowed(str(entry['loc'][-1]), names)}"
-    if entry["type"] == "missing":
-        return "is missing"
-    message = entry["msg"].removeprefix("Value error, ")
-    found = entry.get("input")
-    if entry["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        message = "expected a section (a mapping of keys)"
-    elif entry["type"] == "tuple_type":
-        message = "expected a list, such as [a, b]"
-    elif entry["type"] == "value_error" and isinstance(found, (dict, list)):
-        return str(message)
-    if entry["type"] == "literal_error" and isinstance(found, str):
-        choices = [c.strip("' ") for c in entry["ctx"]["expected"].replace(" or ", ",").split(",")]
-        return f"found {found!r}; {allowed(found, choices)}"
-    shown = repr(found) if isinstance(found, (str, int, float, bool, type(None))) else _kind(found)
-    return f"{message[:1].lower()}{message[1:]}, found {shown[:80]}"
-
-
-def _keys_at(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
-    current: Any = model
-    for part in loc:
-        if isinstance(current, type) and issubclass(current, BaseModel) and part in current.model_fields:
-            current = _model_of(current.model_fields[part].annotation)
-    return list(current.model_fields) if isinstance(current, type) and issubclass(current, BaseModel) else []
-
-
-def _model_of(annotation: Any) -> Any:
-    """The section inside ``Section | None``, ``tuple[Section, ...]`` or ``dict[str, Section]``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) is not None:
-        for argument in get_args(annotation):
-            found = _model_of(argument)
-            if found is not None:
-                return found
-    return None
-
-
-def allowed(found: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(found, names, 1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}allowed: {', '.join(names)}"
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "a mapping", list: "a list", str: "text", bool: "true/false", type(None): "nothing"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
-
-
-def told(
-    faults: Sequence[Fault],
-    source: str,
-    lines: Mapping[tuple[Any, ...], int] | None = None,
-    overridden: set[tuple[Any, ...]] | None = None,
-) -> ConfigError:
-    """The error to raise for ``faults``: a line for each, with its place in ``source``."""
-    return ConfigError("\n".join(_render(fault, source, lines or {}, overridden or set()) for fault in faults))
-
-
-def _render(fault: Fault, source: str, lines: Mapping[tuple[Any, ...], int], overridden: set[tuple[Any, ...]]) -> str:
-    where, message = fault
-    key = ".".join(str(part) for part in where)
-    if any(where[: len(k)] == k for k in overridden):
-        place = "command line"
-    else:
-        line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)
-        place = f"{source}:{line}" if line else source
-    return f"{place}: {key + ': ' if key else ''}{message}"

@@ -22,19 +22,8 @@ from pydantic import Field
 
 from toolchain import artifact
 from toolchain.artifact import EdgestillError, digest
-from toolchain.config import (
-    Config,
-    ConfigError,
-    Fault,
-    allowed,
-    apply_overrides,
-    load,
-    read_yaml,
-    told,
-    validate,
-    validate_section,
-    validates_on_test,
-)
+from toolchain.config import Config, apply_overrides, load, read_yaml, validate, validate_section, validates_on_test
+from toolchain.faults import ConfigError, Fault, allowed, told
 from toolchain.pipeline import Pipeline, lock, plan, resumable, side_by_side
 from toolchain.section import Section
 from toolchain.stage import Job, console, main

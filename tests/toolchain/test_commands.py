@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from toolchain import artifact, commands
 from toolchain.artifact import UsageError
 from toolchain.cli import app
-from toolchain.config import ConfigError, load
+from toolchain.config import load
+from toolchain.faults import ConfigError
 from toolchain.pipeline import Outcome, Pipeline
 from toolchain.stage import Job
 

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from toolchain.config import Config, ConfigError, load, validate
+from toolchain.config import Config, load, validate
+from toolchain.faults import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DIGITS = CONFIGS / "digits.yaml"

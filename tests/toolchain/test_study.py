@@ -12,7 +12,8 @@ import pytest
 
 from toolchain import study
 from toolchain.artifact import ArtifactError, EdgestillError
-from toolchain.config import Config, ConfigError
+from toolchain.config import Config
+from toolchain.faults import ConfigError
 from toolchain.pipeline import StageError, lock
 from toolchain.stage import Job
 

@@ -10,7 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from toolchain import artifact
-from toolchain.config import ConfigError, validate
+from toolchain.config import validate
+from toolchain.faults import ConfigError
 from toolchain.tasks import Split, classification, load_data, load_task, save_data
 from toolchain.tasks.classification import DataSection
 

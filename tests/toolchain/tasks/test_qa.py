@@ -9,7 +9,8 @@ import pytest
 
 from tests.toolchain.qa_doubles import DATA, SMALL, config, data
 from toolchain import qa_metrics
-from toolchain.config import ConfigError, load, validate
+from toolchain.config import load, validate
+from toolchain.faults import ConfigError
 from toolchain.qa_windows import CENTRAL, Cut, answer_of, arrays, best_spans, label_of, layout_of, pooled, windows
 from toolchain.tasks import as_fed, load_data, qa, qa_data, qa_tokenizer, save_data
 from toolchain.tasks.qa_readers import XQUAD, qa_root, xquad

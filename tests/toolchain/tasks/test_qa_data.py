@@ -12,7 +12,7 @@ import pytest
 
 from tests.toolchain.qa_doubles import DATA, SMALL, config, data
 from tests.toolchain.tasks.test_qa import gold
-from toolchain.config import ConfigError
+from toolchain.faults import ConfigError
 from toolchain.tasks import qa, qa_data, qa_tokenizer
 from toolchain.tasks.datasets import DataError
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from toolchain.config import ConfigError, validate
+from toolchain.config import validate
+from toolchain.faults import ConfigError
 from toolchain.tasks import Split, segmentation
 from toolchain.tasks.segmentation import DataSection
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from toolchain import artifact
-from toolchain.config import ConfigError, load, validate
+from toolchain.config import load, validate
+from toolchain.faults import ConfigError
 from toolchain.tasks import Split, load_task, trajectory
 from toolchain.tasks.trajectory import StudentSection, TeacherSection
 
