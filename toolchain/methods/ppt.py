@@ -12,7 +12,7 @@ III  complete           mean_t |y^_t - y_t| + |e* - y_T|
 In III y^ is the path to e*, the candidate nearest to y_T; f_I are the features of task I's network, frozen, which sees
 the true future, and g_II the destination feature of task II's. W_t and W_d train and do not ship.
 
-Deliberate deviations, each a key of the config:
+Deliberate deviations, each a key of the config but for what counts as an epoch:
 - Coordinates are metres times ``student.scale`` (30: the pixels of the Stanford Drone Dataset that the published
   weights suit) and are divided by ``student.unit`` inside the networks; with raw pixels task I barely trains.
 - One pass over the windows, each in one of the five augmented versions, counts as an epoch; the official code counts
@@ -115,12 +115,14 @@ class Complete(Distiller):
         student.destination.requires_grad_(options.destination_lr > 0)
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
-        groups = [([], lr), ([], self.options.destination_lr)]  # type: ignore[var-annotated]
         slow = {id(parameter) for parameter in self.student.destination.parameters()}
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                groups[id(parameter) in slow][0].append(parameter)
-        return [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters]
+        groups = []
+        for group in super().param_groups(lr):
+            for rate, inside in ((lr, False), (self.options.destination_lr, True)):
+                parameters = [parameter for parameter in group["params"] if (id(parameter) in slow) is inside]
+                if parameters:
+                    groups.append(group | {"params": parameters, "lr": rate})
+        return groups
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         options, observe = self.options, self.student.shape.observe

@@ -179,14 +179,6 @@ def window_rows(recording: Recording, length: int = 20, stride: int = 1, least_a
     return rows
 
 
-def windows(
-    recording: Recording, length: int = 20, stride: int = 1, least_agents: int = 1
-) -> tuple[Points, Integers, Integers]:
-    """Points (N, length, 2) of every window, see ``window_rows``, its agent (N,) and its first frame (N,)."""
-    rows = window_rows(recording, length, stride, least_agents)
-    return recording.xy[rows].astype(np.float32), recording.agent[rows[:, 0]], recording.frame[rows[:, 0]]
-
-
 def longest_run(recording: Recording) -> int:
     """The most consecutive frames that one agent is present in."""
     order = np.lexsort((recording.frame, recording.agent))

@@ -47,13 +47,14 @@ DEFAULTS: dict[str, Any] = {
     "report": {"max_drop": 0.01},
 }
 AGREES_WITHIN = 0.01  # of the mean distance travelled: 4 cm for a pedestrian
+PUBLISHED = {"weight_decay": 0.0, "batch_size": 256, "schedule": "constant", "warmup": 0.0}  # of ``train``
 SCALES = {"m": 30.0, "px": 1.0}
 
 Positive = Annotated[int, Field(ge=1)]
 
 
 class StudentSection(Section):
-    """A network: ``ppt`` (three encoders of ``depth`` layers), ``one_shot`` or ``package.module:function`` of your own.
+    """A network: ``ppt`` (two encoders of ``depth`` layers), ``one_shot`` or ``package.module:function`` of your own.
 
     ``scale``: what tracks are multiplied by for the losses (default 30 for metres, the pixels of the Stanford Drone
     Dataset, 1 for pixels); ``unit``: what the network divides them by inside. ``speed_floor``, in the data's unit a
@@ -96,8 +97,8 @@ def _published() -> StudentSection:
 
 
 class TeacherSection(Section):
-    """A PPT that teaches: ``student`` is its network, ``method`` and ``train`` its training on the same data (default:
-    the published one).
+    """A PPT that teaches: ``student`` is its network, ``method`` and ``train`` its training on the same data. Keys that
+    are not given are as published, but for the epochs, which are fewer.
 
     ``folder``: the student artifact of a finished run of ``method: ppt``, on the same data and with the same network,
     instead of a training. ``versions``: in how many of the five versions of PPT's augmentation, drawn for each training
@@ -114,6 +115,11 @@ class TeacherSection(Section):
     @classmethod
     def _named(cls, value: Any) -> Any:
         return {"name": "ppt"} | value if isinstance(value, dict) else value
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _as_published(cls, value: Any) -> Any:
+        return PUBLISHED | value if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _sound(self) -> TeacherSection:
@@ -154,10 +160,8 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
         message = "method ppt has a teacher if and only if method.branches is above 0; add or remove one of them"
         faults.append((("teacher",), message))
     if name == "ppt_student" and teacher is None and (method.paths or method.destinations or method.features):
-        message = (
-            "method ppt_student learns from a teacher; add a teacher section, or set all its weights but truth to 0"
-        )
-        faults.append((("teacher",), message))
+        message = "method ppt_student learns from a teacher; add a teacher section, or set"
+        faults.append((("teacher",), f"{message} paths, destinations and features to 0"))
     if teacher is not None and teacher.student.hypotheses != student.hypotheses:
         message = f"expected the teacher's {teacher.student.hypotheses} hypotheses, found {student.hypotheses}"
         faults.append((("student", "hypotheses"), message))

@@ -114,7 +114,7 @@ class Encoder(nn.Module):
 
 
 def mlp(inside: int, hidden: int, outside: int) -> nn.Sequential:
-    """Three hidden-to-hidden ReLU layers, as all of PPT's larger heads."""
+    """Three ReLU layers and a linear one, as all of PPT's larger heads."""
     widths = [inside, hidden, hidden, hidden]
     layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers, nn.Linear(hidden, outside))

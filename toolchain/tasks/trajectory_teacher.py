@@ -21,7 +21,6 @@ from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, normalised
 from toolchain.tasks.trajectory_batches import versions as versions_of
 
 FIELDS = ("paths", "feature")
-PUBLISHED = {"weight_decay": 0.0, "batch_size": 256, "schedule": "constant", "warmup": 0.0}
 
 
 class TeacherError(EdgestillError):
@@ -42,7 +41,7 @@ def teach(job: Job) -> None:
     else:
         config = {key: job.config[key] for key in ("seed", "task", "data")}
         inner = section.model_dump(mode="json", include={"student", "method", "train"}, exclude_none=True)
-        cfg = validate({"name": "teacher", "method": "ppt", "train": PUBLISHED} | config | inner)
+        cfg = validate({"name": "teacher", "method": "ppt", "train": trajectory.PUBLISHED} | config | inner)
         trained = train_student(cfg, data, {"data": job.inputs["data"]}, job.work)
         net, val, log, stages = trained.student, trained.val, read_metrics(trained.run), trained.run.records
     if not PartialState().is_main_process:

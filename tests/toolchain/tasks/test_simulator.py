@@ -7,7 +7,7 @@ import pytest
 
 from toolchain.tasks import simulator
 from toolchain.tasks.simulator import SCENES, simulate
-from toolchain.tasks.tracks import Recording, constant_velocity, windows
+from toolchain.tasks.tracks import Recording, constant_velocity, window_rows
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def test_a_seed_is_always_the_same_and_others_differ(recordings: list[Recording]
 
 
 def test_people_walk_as_in_eth_ucy(recordings: list[Recording]) -> None:
-    points = np.concatenate([windows(r)[0] for r in recordings])
+    points = np.concatenate([r.xy[window_rows(r)] for r in recordings]).astype(np.float32)
     speed = np.linalg.norm(np.diff(points, axis=1), axis=-1) / 0.4
     error = np.linalg.norm(constant_velocity(points[:, :8], 12) - points[:, 8:], axis=-1)
     path, net = speed.sum(1) * 0.4, np.linalg.norm(points[:, -1] - points[:, 0], axis=-1)

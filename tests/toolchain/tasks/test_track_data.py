@@ -307,6 +307,10 @@ def test_people_of_eth_walk_at_speeds_that_are_hardly_trained_on(data_root: Path
         return float((np.linalg.norm(steps, axis=-1).mean(1) > 0.7).mean())
 
     assert (round(fast("test"), 2), round(fast("train"), 3)) == (0.28, 0.003)
+    track = np.concatenate([data.splits["test"].arrays[name] for name in ("observed", "future")], 1)
+    steps = np.linalg.norm(np.diff(track, axis=1), axis=-1)
+    walkers = steps[steps[:, :7].mean(1) > 0.7]
+    assert (walkers[:, 6].mean().round(1), walkers[:, -1].mean().round(1)) == (0.9, 0.5)
 
 
 def serve(folder: Path) -> http.server.ThreadingHTTPServer:

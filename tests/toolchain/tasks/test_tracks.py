@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from toolchain.tasks.datasets import DataError
-from toolchain.tasks.tracks import Recording, constant_velocity, longest_run, read_tracks, window_rows, windows
+from toolchain.tasks.tracks import Recording, constant_velocity, longest_run, read_tracks, window_rows
 
 ROWS = [(780, 1, 8.46, 3.59), (790, 1, 9.57, 3.79), (790, 2, -1.5, 0.25), (810, 2, -1.25, 0.5)]
 
@@ -158,17 +158,18 @@ def test_windows_are_those_of_the_definition(seed: int, length: int, stride: int
     rng = np.random.default_rng(seed)
     steps = {a: np.flatnonzero(rng.random(40) < 0.85).tolist() for a in (3, 1, 7, 2)}
     read = recording({a: [k for k in s if k not in (17, 18)] for a, s in steps.items()})
-    points, agent, frame = windows(read, length, stride, least)
+    rows = window_rows(read, length, stride, least)
+    points, agent, frame = read.xy[rows], read.agent[rows[:, 0]], read.frame[rows[:, 0]]
     assert list(zip(frame.tolist(), agent.tolist(), strict=True)) == naive(read, length, stride, least)
-    assert (points.dtype, points.shape) == (np.float32, (len(agent), length, 2))
+    assert points.shape == (len(agent), length, 2)
     assert np.array_equal(points[..., 0], (frame[:, None] - 100) / 10 + np.arange(length))
     assert (points[..., 1] == agent[:, None]).all()
 
 
 def test_a_gap_is_in_no_window() -> None:
     own, everyone = recording({1: [0, 1, 2, 4, 5, 6], 2: list(range(7))}), recording({1: [0, 1, 2, 4, 5, 6]})
-    assert windows(own, 3)[1].tolist() == [1, 2, 2, 2, 2, 1, 2]
-    assert windows(everyone, 3)[2].tolist() == [100, 140]
+    assert own.agent[window_rows(own, 3)[:, 0]].tolist() == [1, 2, 2, 2, 2, 1, 2]
+    assert everyone.frame[window_rows(everyone, 3)[:, 0]].tolist() == [100, 140]
     assert (longest_run(own), longest_run(everyone)) == (7, 3)
 
 

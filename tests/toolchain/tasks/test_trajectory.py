@@ -124,7 +124,7 @@ def fault(path: Path, *overrides: str) -> str:
         ("ppt", ["method.winners=21"], "method.winners", "at most the 20 hypotheses, found 21"),
         ("ppt", ["method.branches=1"], "teacher", "if and only if method.branches is above 0"),
         ("ppt", ["teacher.folder=runs/a/student"], "teacher", "if and only if method.branches is above 0"),
-        ("trajectory_demo", ["teacher=null"], "teacher", "add a teacher section, or set all its weights but truth"),
+        ("trajectory_demo", ["teacher=null"], "teacher", "or set paths, destinations and features to 0"),
         ("trajectory_demo", ["student.hypotheses=6"], "student.hypotheses", "the teacher's 20 hypotheses, found 6"),
         ("trajectory_demo", ["student.scale=10"], "student.scale", "the teacher's scale 30, found 10"),
         ("digits", ["method=ppt", "teacher=null"], "method", "ppt is for trajectories"),
