@@ -220,7 +220,11 @@ def test_teachers_are_in_eval_mode_without_gradient_and_keep_their_bits():
 @pytest.mark.parametrize("rate", [0.0, 1e-7])
 def test_every_parameter_that_learns_is_in_one_group_with_its_rate(rate):
     made, _ = complete(destination_lr=rate, destination_features=0.5 if rate else 0)
-    groups = {group["lr"]: group["params"] for group in made.param_groups(1.5e-3)}
+    groups: dict = {}
+    for group in made.param_groups(1.5e-3):
+        groups.setdefault(group["lr"], []).extend(group["params"])
+        exempt = group.get("weight_decay") == 0.0
+        assert all((p.ndim < 2) is exempt for p in group["params"])
     found = [id(p) for group in groups.values() for p in group]
     learning = [id(p) for p in made.parameters() if p.requires_grad]
     assert sorted(found) == sorted(learning)
