@@ -43,11 +43,12 @@ from torch.nn import functional as F
 
 from toolchain.config import Config, TrainSection
 from toolchain.distiller import Batch, Distiller, Frozen
+from toolchain.loop import Score
 from toolchain.losses import displacement, diversity, nearest
 from toolchain.methods.options import Training
 from toolchain.tasks.trajectory_batches import destination_scorer, next_position_scorer, pieces, scorer
 from toolchain.tasks.trajectory_nets import PPT, Destination, Step, shape_of
-from toolchain.train import Run, Score
+from toolchain.train import Run
 
 EVOLVED = 0.6  # share of the training after which one winner is left
 

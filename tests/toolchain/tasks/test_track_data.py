@@ -18,7 +18,7 @@ from toolchain import download
 from toolchain.tasks import Data
 from toolchain.tasks.datasets import DataError
 from toolchain.tasks.track_data import DataSection, files_state, prepare
-from toolchain.tasks.tracks import constant_velocity
+from toolchain.tasks.tracks import constant_velocity, read_tracks, window_rows
 
 SCENES: dict[Any, tuple[int, int, int, int, float, float]] = {
     # train, val, test, test of at least 2 people, constant velocity's ADE and FDE in metres
@@ -311,6 +311,13 @@ def test_people_of_eth_walk_at_speeds_that_are_hardly_trained_on(data_root: Path
     steps = np.linalg.norm(np.diff(track, axis=1), axis=-1)
     walkers = steps[steps[:, :7].mean(1) > 0.7]
     assert (walkers[:, 6].mean().round(1), walkers[:, -1].mean().round(1)) == (0.9, 0.5)
+
+
+def test_windows_of_eth_are_of_few_people(data_root: Path) -> None:
+    folder = data_root / "trajectory" / "eth_ucy" / "raw" / "all_data"
+    recording = read_tracks(next(folder.glob("biwi_eth*")))
+    _, windows = np.unique(recording.agent[window_rows(recording)[:, 0]], return_counts=True)
+    assert (windows.sum(), len(windows), windows.max()) == (364, 44, 95)
 
 
 def serve(folder: Path) -> http.server.ThreadingHTTPServer:

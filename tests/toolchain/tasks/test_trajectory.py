@@ -99,6 +99,13 @@ def test_teachers_that_make_no_sense_are_refused(keys: dict[str, Any], message: 
         TeacherSection(**keys)
 
 
+def test_what_a_teachers_recipe_leaves_out_is_as_published() -> None:
+    train = TeacherSection(train={"batch_size": 512}).train
+    assert train is not None
+    assert train.batch_size == 512
+    assert (train.schedule, train.weight_decay, train.warmup) == ("constant", 0, 0)
+
+
 def test_metres_are_scaled_to_the_published_pixels_and_pixels_are_kept() -> None:
     section = StudentSection()
     assert (section.scale_of("m"), section.scale_of("px")) == (30, 1)
