@@ -258,9 +258,10 @@ def training(curves: Mapping[str, Sequence[tuple[float, float]]], axis: str) -> 
                 axes.set_yscale("log")
             axes.set_xlim(-0.03 * last, 1.03 * last)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-            axes.set_title(title)
             axes.set_xlabel(axis)
-            axes.legend(fontsize=7, ncols=1 + (len(names) > 5), frameon=True, framealpha=0.7, edgecolor="none")
+            bold = {"size": mpl.rcParams["axes.titlesize"], "weight": "bold"}
+            above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+            axes.legend(title=title, alignment="left", title_fontproperties=bold, fontsize=7, ncols=3, **above)
         return _svg(figure)
 
 

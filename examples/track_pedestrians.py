@@ -125,11 +125,14 @@ def draw(recording: Recording, shown: Frame, unit: str, out: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise EdgestillError(f"matplotlib cannot be imported ({error}); pip install matplotlib") from error
-    figure = Figure(figsize=(9, 7.5), dpi=120, layout="constrained")
+    drawn = np.concatenate([recording.xy, shown.observed.reshape(-1, 2), shown.trajectories.reshape(-1, 2)])
+    (left, bottom), (right, top) = drawn.min(0), drawn.max(0)
+    height = 8.2 * (top - bottom) / max(right - left, 1e-6)  # inches, of the axes when they are about 8.2 wide
+    figure = Figure(figsize=(9, float(np.clip(height, 2.5, 9)) + 1.3), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes: Any = figure.add_subplot()
     axes.plot(*recording.xy.T, ".", color=GREY, markersize=1.5, zorder=0, label="everyone, any time")
-    steps, drawn = shown.trajectories.shape[2], [recording.xy]
+    steps = shown.trajectories.shape[2]
     for agent, observed, paths, chance in zip(
         shown.agents, shown.observed, shown.trajectories, shown.probability, strict=True
     ):
@@ -140,7 +143,6 @@ def draw(recording: Recording, shown: Frame, unit: str, out: Path) -> None:
         axes.plot(*np.concatenate([start, future]).T, ".-", color=TRUTH, linewidth=2, markersize=4)
         axes.plot(*np.concatenate([start, paths[likeliest]]).T, "--", color=TOP, linewidth=1.4)
         axes.plot(*observed.T, ".-", color=INK, linewidth=1, markersize=5)
-        drawn.append(np.concatenate([observed, *paths]))
     for label, colour, style in (
         ("observed", INK, ".-"),
         ("true", TRUTH, ".-"),
@@ -148,8 +150,7 @@ def draw(recording: Recording, shown: Frame, unit: str, out: Path) -> None:
         ("most probable", TOP, "--"),
     ):
         axes.plot([], [], style, color=colour, label=label)
-    points = np.concatenate(drawn)
-    axes.set(xlim=(points[:, 0].min(), points[:, 0].max()), ylim=(points[:, 1].min(), points[:, 1].max()))
+    axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.margins(0.02)
     axes.set(aspect="equal", xlabel=f"x ({unit})", ylabel=f"y ({unit})")
     axes.set_title(f"{recording.name}, frame {shown.frame}: {len(shown.agents)} pedestrians in one call", loc="left")

@@ -298,6 +298,7 @@ def work_off(job: Job) -> None:
             "metrics": test if selects else test | validated | selected(trained.run.records),
             "parameters": sum(p.numel() for p in trained.student.parameters()),
             "config_sha256": item["sha256"],
+            "inputs": {name: artifact.read(path).id for name, path in job.inputs.items()},
             "commit": job.config["commit"],
             "device": device(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from toolchain import study
-from toolchain.artifact import ArtifactError, EdgestillError
+from toolchain.artifact import ArtifactError, EdgestillError, create, read
 from toolchain.config import Config
 from toolchain.faults import ConfigError
 from toolchain.pipeline import StageError, lock
@@ -166,10 +166,11 @@ def worked_off(path: Path, monkeypatch: pytest.MonkeyPatch, **task: Any) -> dict
     monkeypatch.setattr(study, "load_data", lambda folder: None)
     declared, rows = study.rows(path, ["seeds=[0]"])
     shared, results = path.parent / "shared", path.parent / "r.jsonl"
-    shared.mkdir()
-    job = study._job(declared, shared, rows[:1], results)
-    study.work_off(Job(job.stage, job.out, job.config, {"data": shared}))
+    with create(shared / "data", stage="data", config={}):
+        pass
+    study.work_off(study._job(declared, shared, rows[:1], results))
     (row,) = map(json.loads, results.read_text().splitlines())
+    assert row["inputs"] == {"data": read(shared / "data").id}
     return dict(row)
 
 

@@ -88,13 +88,12 @@ class DestinationGuess(Distiller):
         candidates = self.student(track[:, :observe])
         distances = (candidates - track[:, None, -1]).norm(dim=-1)
         count = max(1, round(self.winners ** (1 - self.progress / EVOLVED)))
-        distance = distances.topk(count, 1, largest=False).values.mean()
-        spread = diversity(candidates, self.sigma)
-        return {
-            "loss": distance + self.weight * spread,
-            "distance": distances.min(1).values.mean(),
-            "diversity": spread,
-        }
+        loss = distances.topk(count, 1, largest=False).values.mean()
+        parts = {"distance": distances.min(1).values.mean()}
+        if self.weight:
+            parts["diversity"] = diversity(candidates, self.sigma)
+            loss = loss + self.weight * parts["diversity"]
+        return {"loss": loss} | parts
 
 
 class Complete(Distiller):

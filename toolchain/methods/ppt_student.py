@@ -53,15 +53,17 @@ class PPTStudent(Distiller):
         else:
             own = self.student.feature(observed)  # type: ignore[operator]
             paths, logits = self.student.decode(own, observed)  # type: ignore[operator]
-            parts["features"] = options.features * F.mse_loss(self.adapt(own), batch["feature"])
+            parts["features"] = F.mse_loss(self.adapt(own), batch["feature"])
         error = (paths - future[:, None]).norm(dim=-1)
         end = error[:, :, -1]
-        parts["truth"] = options.truth * (error.mean(-1).min(1).values + end.min(1).values).mean()
-        parts["ranking"] = options.ranking * F.cross_entropy(logits.float(), end.detach().argmin(1))
+        parts["truth"] = (error.mean(-1).min(1).values + end.min(1).values).mean()
+        parts["ranking"] = F.cross_entropy(logits.float(), end.detach().argmin(1))
         if "paths" in batch:
-            parts["paths"] = options.paths * displacement(paths, batch["paths"])
-            parts["destinations"] = options.destinations * displacement(paths[:, :, -1], batch["paths"][:, :, -1])
-        return {"loss": sum(parts.values(), error.new_zeros(()))} | parts
+            parts["paths"] = displacement(paths, batch["paths"])
+            parts["destinations"] = displacement(paths[:, :, -1], batch["paths"][:, :, -1])
+        weights = {name: getattr(options, name) for name in parts}
+        loss = sum((weights[name] * part for name, part in parts.items()), error.new_zeros(()))
+        return {"loss": loss} | {name: part for name, part in parts.items() if weights[name]}
 
 
 def distill(cfg: Config, run: Run) -> nn.Module:

@@ -109,6 +109,7 @@ def test_winners_fall_geometrically_to_one_and_the_nearest_is_what_is_shown():
     for progress, count in ((0.0, 4), (0.2, 3), (0.3, 2), (0.6, 1), (0.99, 1)):
         made.progress = progress
         found = made({"track": track})
+        assert found.keys() == {"loss", "distance"}
         assert found["loss"].item() == pytest.approx(distances[:, :count].mean().item()), progress
         assert found["distance"].item() == pytest.approx(distances[:, 0].mean().item())
 

@@ -59,7 +59,8 @@ def learning(made):
 
 
 def test_the_loss_equals_a_naive_loop():
-    made, shown = distiller(paths=2.0, destinations=3.0, features=0.5, truth=0.7, ranking=1.3), batch()
+    weights = {"paths": 2.0, "destinations": 3.0, "features": 0.5, "truth": 0.7, "ranking": 1.3}
+    made, shown = distiller(**weights), batch()
     found = {name: value.item() for name, value in made(shown).items()}
     paths, logits = made.student(shown["track"][:, :OBSERVE])
     future, sums = shown["track"][:, OBSERVE:], dict.fromkeys(found, 0.0)
@@ -67,13 +68,13 @@ def test_the_loss_equals_a_naive_loop():
         error = [[(paths[i, k, t] - future[i, t]).norm().item() for t in range(PREDICT)] for k in range(K)]
         gap = [[(paths[i, k, t] - shown["paths"][i, k, t]).norm().item() for t in range(PREDICT)] for k in range(K)]
         ends = [row[-1] for row in error]
-        sums["truth"] += 0.7 * (min(sum(row) / PREDICT for row in error) + min(ends)) / 5
-        sums["ranking"] -= 1.3 * logits[i].log_softmax(0)[ends.index(min(ends))].item() / 5
-        sums["paths"] += 2 * sum(map(sum, gap)) / (K * PREDICT) / 5
-        sums["destinations"] += 3 * sum(row[-1] for row in gap) / K / 5
+        sums["truth"] += (min(sum(row) / PREDICT for row in error) + min(ends)) / 5
+        sums["ranking"] -= logits[i].log_softmax(0)[ends.index(min(ends))].item() / 5
+        sums["paths"] += sum(map(sum, gap)) / (K * PREDICT) / 5
+        sums["destinations"] += sum(row[-1] for row in gap) / K / 5
     feature = made.adapt(made.student.feature(shown["track"][:, :OBSERVE]))
-    sums["features"] = 0.5 * F.mse_loss(feature, shown["feature"]).item()
-    sums["loss"] = sum(value for name, value in sums.items() if name != "loss")
+    sums["features"] = F.mse_loss(feature, shown["feature"]).item()
+    sums["loss"] = sum(weight * sums[name] for name, weight in weights.items())
     assert found == pytest.approx(sums, rel=1e-4)
 
 
@@ -92,6 +93,7 @@ def test_each_term_teaches_what_it_is_about(term):
     off = dict.fromkeys(("paths", "destinations", "features", "truth", "ranking"), 0.0)
     made, shown = distiller(**(off | {term: 1.0})), batch()
     made(shown)["loss"].backward()
+    assert made(shown).keys() == {"loss", term}
     rows = made.student.head[2].weight.grad
     logits, ways = rows[:K].any().item(), rows[K:].view(K, PREDICT, 2, -1)
     assert logits == (term == "ranking")
