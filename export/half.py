@@ -38,7 +38,7 @@ _MOVES = (
 )
 _DECODES = ("Softmax", "LogSoftmax", "Sigmoid", "Tanh", "Exp", "Sqrt", "CumSum", "ArgMax", "TopK", "ReduceMax")
 _LIGHT = frozenset((*_ARITHMETIC, *_MOVES))
-_STATISTICS = _LIGHT | frozenset(("ReduceL2", "ReduceMean", "Log"))
+_STATISTICS = _LIGHT | frozenset(("ReduceL2", "ReduceMean", "Log", "Greater"))
 _DECODE = _LIGHT | frozenset((*_DECODES, "GatherElements"))
 
 
@@ -86,7 +86,7 @@ def _constants(model: Any) -> set[str]:
 def measured(model: Any) -> set[str]:
     """Names of the convolutions and matrix products that read a float graph input, but for casts, scaling and joining.
 
-    Scaling may be by what the input itself says, as its mean or its size.
+    Scaling and turning may be by what the input itself says, as its mean, its size or its direction.
 
     Eight bits are all that a pixel has; of a position in metres they leave centimetres.
     """

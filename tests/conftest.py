@@ -23,8 +23,8 @@ def data_root() -> Path:
 def exported_tracks(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The run folder (data, student, onnx) of a tiny ``ppt`` or ``one_shot``, exported once for all tests.
 
-    The second argument is its ``speed_floor``.
+    Pairs of key and value change its section.
     """
     from tests.toolchain.methods.walks import write_exported
 
-    return cache(lambda model, floor=None: write_exported(tmp_path_factory.mktemp(model), model, floor))
+    return cache(lambda model, *changes: write_exported(tmp_path_factory.mktemp(model), model, **dict(changes)))

@@ -17,8 +17,10 @@ from toolchain.runtime import Runtime, load
 from toolchain.stage import Job
 from toolchain.tasks import trajectory
 
+FRAME = ("speed_floor", 0.4), ("align_heading", True)
 
-@pytest.fixture(params=[("ppt",), ("one_shot",), ("ppt", 0.4), ("one_shot", 0.4)], ids=str)
+
+@pytest.fixture(params=[("ppt",), ("one_shot",), ("ppt", *FRAME), ("one_shot", *FRAME)], ids=str)
 def root(request: pytest.FixtureRequest, exported_tracks: Callable[..., Path]) -> Path:
     return exported_tracks(*request.param)
 

@@ -59,8 +59,9 @@ class StudentSection(Section):
     ``scale``: what tracks are multiplied by for the losses (default 30 for metres, the pixels of the Stanford Drone
     Dataset, 1 for pixels); ``unit``: what the network divides them by inside. ``speed_floor``, in the data's unit a
     step: tracks are divided by their mean observed speed too, in floors, of at least one, so that a network knows
-    speeds it was not trained on (give a ``unit`` that much smaller). Ours; task I then knows the mean of the observed
-    steps before it has seen them. A function of your own is called with
+    speeds it was not trained on (give a ``unit`` that much smaller). ``align_heading``: tracks are turned so that the
+    way from the first to the last observed position is along x, and predictions are turned back. Both are ours; task I
+    then knows the mean of the observed steps before it has seen them. A function of your own is called with
     ``options`` and returns a module from observed (B, T_o, 2) to paths (B, K, T_p, 2) and logits (B, K).
     """
 
@@ -74,6 +75,7 @@ class StudentSection(Section):
     scale: Annotated[float, Field(gt=0)] | None = None
     unit: Annotated[float, Field(gt=0)] = 60.0
     speed_floor: Annotated[Annotated[float, Field(gt=0)] | None, Field(exclude_if=lambda value: value is None)] = None
+    align_heading: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     options: dict[str, Any] = Field(default_factory=dict)
     max_parameters: Positive | None = None
 
@@ -81,8 +83,9 @@ class StudentSection(Section):
     def _sound(self) -> StudentSection:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
-        if self.speed_floor is not None and self.model not in ("ppt", "one_shot"):
-            raise ValueError(f"speed_floor is for ppt and one_shot; {self.model} normalises speeds itself; remove it")
+        for name in ("speed_floor", "align_heading"):
+            if getattr(self, name) and self.model not in ("ppt", "one_shot"):
+                raise ValueError(f"{name} is for ppt and one_shot; {self.model} normalises tracks itself; remove it")
         if self.options and self.model in ("ppt", "one_shot"):
             raise ValueError(f"options are for a function of your own; {self.model} has width, depth, heads, ...")
         return self

@@ -3,9 +3,9 @@
 ``Step``, ``Destination`` and ``PPT`` are the three networks of Lin, Liang, Lai, Hu, *Progressive Pretext Task Learning
 for Human Trajectory Prediction* (ECCV 2024, arXiv 2407.11588), each built from the one before it; ``OneShot`` is ours,
 small enough for a camera. Tracks are relative to the last observed position and multiplied by the scale (metres to the
-loss's unit); a network divides them by ``unit`` inside and multiplies what it predicts back. With a ``speed_floor``
-(ours) that divisor is proportional to the observed speed, where it is above the floor, and the network is told by how
-much.
+loss's unit); a network divides them by ``unit`` inside and multiplies what it predicts back. Two more ways to see them
+are ours: with a ``speed_floor`` that divisor is proportional to the observed speed, where it is above the floor, and
+the network is told by how much; with ``align_heading`` they are turned, and back, so that everyone walks along x.
 
 Every network that ships maps observed (B, T_o, 2) to paths (B, K, T_p, 2) and the hypotheses' logits (B, K).
 """
@@ -29,6 +29,7 @@ from toolchain.tasks.backbones import WEIGHTS, ModelError, load_state, seeded
 from toolchain.tasks.nets import Deploy, count_parameters, made_by, own
 
 EVERY, LAST = slice(None), slice(-1, None)
+STANDS = 1e-3  # scaled units from the first to the last observed position that are no way to walk
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
@@ -121,6 +122,28 @@ def mlp(inside: int, hidden: int, outside: int) -> nn.Sequential:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """How a network sees positions (B, t, 2): in units of ``divisor`` ((B, 1, 1), or a number for all), and turned so
+    that ``heading``, (B, 1, 2) of length 1, points along x."""
+
+    divisor: Tensor | float
+    heading: Tensor | None = None
+
+    def inside(self, places: Tensor) -> Tensor:
+        return self._turned(places / self.divisor, 1)
+
+    def outside(self, places: Tensor) -> Tensor:
+        return self._turned(places, -1) * self.divisor
+
+    def _turned(self, places: Tensor, sign: int) -> Tensor:
+        if self.heading is None:
+            return places
+        x, y = places[..., :1], places[..., 1:]
+        cos, sin = self.heading[..., :1], sign * self.heading[..., 1:]
+        return torch.cat([x * cos + y * sin, y * cos - x * sin], -1)
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes of a network: see ``trajectory.StudentSection``; ``observe`` and ``predict`` are time steps.
 
@@ -137,6 +160,7 @@ class Shape:
     activation: str = "gelu"
     unit: float = 60.0
     speed_floor: float | None = None
+    align_heading: bool = False
 
     @property
     def steps(self) -> int:
@@ -153,13 +177,18 @@ class Shape:
         step: Tensor = (observed[:, 1:] - observed[:, :-1]).norm(dim=-1).mean(1)
         return (step / self.speed_floor).clamp(min=1)[:, None, None]
 
-    def divisor(self, observed: Tensor) -> Tensor | float:
-        """(B, t, 2) -> (B, 1, 1), or a number for all: what positions are divided by inside."""
-        return self.unit * self.relative_speed(observed)
+    def frame(self, observed: Tensor) -> Frame:
+        """Of observed positions (B, t, 2), 2 <= t. The heading is from first to last; who stands heads along x."""
+        divisor = self.unit * self.relative_speed(observed)
+        if not self.align_heading:
+            return Frame(divisor)
+        way = observed[:, -1:] - observed[:, :1]
+        length = way.norm(dim=-1, keepdim=True)
+        return Frame(divisor, torch.where(length > STANDS, way / length.clamp(min=STANDS), way.new_tensor([1.0, 0.0])))
 
-    def tokens(self, inp: nn.Module, places: Tensor, divisor: Tensor | float) -> Tensor:
+    def tokens(self, inp: nn.Module, places: Tensor, frame: Frame) -> Tensor:
         """Positions (B, t, 2) -> (B, t, d)."""
-        inside = places / divisor
+        inside, divisor = frame.inside(places), frame.divisor
         if isinstance(divisor, Tensor):
             inside = torch.cat([inside, (divisor / self.unit).log().expand(*places.shape[:2], 1)], -1)
         return in_float32(inp, inside)
@@ -178,15 +207,15 @@ class Step(nn.Module):
 
     def features(self, track: Tensor) -> Tensor:
         """(B, t, 2), t < T -> (B, t, d)."""
-        tokens = self.shape.tokens(self.inp, track, self._divisor(track))
+        tokens = self.shape.tokens(self.inp, track, self._frame(track))
         return self.encoder(tokens, range(1, track.shape[1] + 1), causal=True)  # type: ignore[no-any-return]
 
     def forward(self, track: Tensor) -> Tensor:
         """(B, t, 2) -> (B, t, 2): the position after each."""
-        return in_float32(self.head, self.features(track)) * self._divisor(track)
+        return self._frame(track).outside(in_float32(self.head, self.features(track)))
 
-    def _divisor(self, track: Tensor) -> Tensor | float:
-        return self.shape.divisor(track[:, : self.shape.observe])
+    def _frame(self, track: Tensor) -> Frame:
+        return self.shape.frame(track[:, : self.shape.observe])
 
 
 class Destination(nn.Module):
@@ -208,12 +237,13 @@ class Destination(nn.Module):
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d): the prompt's feature."""
         prompt = self.pin(self.prompt).expand(observed.shape[0], 1, -1)
-        tokens = torch.cat([self.shape.tokens(self.inp, observed, self.shape.divisor(observed)), prompt], 1)
+        tokens = torch.cat([self.shape.tokens(self.inp, observed, self.shape.frame(observed)), prompt], 1)
         return self.encoder(tokens, self.positions, causal=True, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
     def candidates(self, feature: Tensor, observed: Tensor) -> Tensor:
         """(B, d) and (B, T_o, 2) -> (B, K, 2)."""
-        return in_float32(self.head, feature).view(feature.shape[0], -1, 2) * self.shape.divisor(observed)
+        found = in_float32(self.head, feature).view(feature.shape[0], -1, 2)
+        return self.shape.frame(observed).outside(found)
 
     def forward(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, K, 2)."""
@@ -250,13 +280,13 @@ class PPT(nn.Module):
         """
         shape = self.shape
         prompts = self.pin(self.prompts).expand(observed.shape[0], -1, -1)
-        divisor = shape.divisor(observed)
-        tokens = shape.tokens(self.inp, torch.cat([observed, destination[:, None]], 1), divisor)
+        frame = shape.frame(observed)
+        tokens = shape.tokens(self.inp, torch.cat([observed, destination[:, None]], 1), frame)
         tokens = torch.cat([tokens[:, :-1], prompts, tokens[:, -1:]], 1)
         features = self.encoder(tokens, range(1, shape.steps + 1), causal=False, keep=slice(shape.observe - 1, -1))
         first, middle = in_float32(self.first, features[:, :1]), in_float32(self.middle, features[:, 1:-1])
         last = in_float32(self.last, features[:, -1:])
-        path = torch.cat([first, middle, last], 1) * divisor
+        path = frame.outside(torch.cat([first, middle, last], 1))
         end = torch.cat([torch.zeros_like(path[:, :-1]), destination[:, None]], 1)
         return path + end, features
 
@@ -289,7 +319,7 @@ class OneShot(nn.Module):
 
     def feature(self, observed: Tensor) -> Tensor:
         """(B, T_o, 2) -> (B, d)."""
-        tokens = self.shape.tokens(self.inp, observed, self.shape.divisor(observed))
+        tokens = self.shape.tokens(self.inp, observed, self.shape.frame(observed))
         positions = range(1, self.shape.observe + 1)
         return self.encoder(tokens, positions, causal=False, keep=LAST)[:, 0]  # type: ignore[no-any-return]
 
@@ -297,7 +327,7 @@ class OneShot(nn.Module):
         """(B, d) and (B, T_o, 2) -> paths (B, K, T_p, 2), logits (B, K)."""
         out = in_float32(self.head, feature)
         shape = self.shape
-        paths = out[:, shape.hypotheses :].view(feature.shape[0], -1, 2) * shape.divisor(observed)
+        paths = shape.frame(observed).outside(out[:, shape.hypotheses :].view(feature.shape[0], -1, 2))
         return paths.view(-1, shape.hypotheses, shape.predict, 2), out[:, : shape.hypotheses]
 
     def forward(self, observed: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,7 +340,7 @@ class OneShot(nn.Module):
 
 def shape_of(section: Any, info: Mapping[str, Any]) -> Shape:
     """The sizes that a ``StudentSection`` asks for, for data of ``info``."""
-    keys = ("hypotheses", "width", "depth", "heads", "dropout", "activation", "unit")
+    keys = ("hypotheses", "width", "depth", "heads", "dropout", "activation", "unit", "align_heading")
     floor = section.speed_floor and section.speed_floor * section.scale_of(info["unit"])
     return Shape(info["observe"], info["predict"], **{key: getattr(section, key) for key in keys}, speed_floor=floor)
 

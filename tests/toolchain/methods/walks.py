@@ -69,11 +69,11 @@ def write_data(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_exported(folder: Path, model: str, floor: float | None = None) -> Path:
-    """The artifacts data, student and onnx of a network whose weights are all drawn anew."""
+def write_exported(folder: Path, model: str, **changes: Any) -> Path:
+    """The artifacts data, student and onnx of a network whose weights are all drawn anew; ``changes`` are of NET."""
     from export.onnx import run
 
-    section = StudentSection(model=model, speed_floor=floor, **NET)
+    section = StudentSection(model=model, **(NET | changes))
     write_data(folder / "data")
     config = {"task": "trajectory", "student": section.model_dump(mode="json")}
     with artifact.create(folder / "student", stage="student", config=config) as draft:

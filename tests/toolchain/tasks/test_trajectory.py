@@ -73,6 +73,7 @@ def test_agreement_is_the_share_of_positions_within_one_percent_of_the_way() -> 
         ({"width": 10, "heads": 4}, "width 10 is no multiple of heads 4"),
         ({"options": {"a": 1}}, "options are for a function of your own"),
         ({"model": "nets:mine", "speed_floor": 0.05}, "speed_floor is for ppt and one_shot; nets:mine normalises"),
+        ({"model": "nets:mine", "align_heading": True}, "align_heading is for ppt and one_shot; nets:mine normalises"),
         ({"model": "resnet18"}, "should match pattern"),
         ({"scale": 0}, "greater than 0"),
     ],

@@ -184,6 +184,42 @@ def test_the_faster_a_walker_the_larger_what_is_predicted(make: Callable[[Shape]
     torch.testing.assert_close(outputs(net, slow), outputs(plain, slow))
 
 
+# --- heading
+
+
+def turned(track: Tensor, degrees: float) -> Tensor:
+    angle = math.radians(degrees)
+    return track @ track.new_tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+
+
+@pytest.mark.parametrize("make", NETWORKS, ids=["step", "destination", "ppt", "one_shot"])
+def test_whoever_walks_another_way_is_predicted_as_if_the_world_were_turned(make: Callable[[Shape], nn.Module]) -> None:
+    net, observed = shaken(make(shape(align_heading=True))), tracks()[:, :OBSERVE]
+    there = turned(observed, 37)
+    torch.testing.assert_close(outputs(net, there), turned(outputs(net, observed), 37))
+
+    plain = make(shape()).double().eval()
+    plain.load_state_dict(net.state_dict())
+    assert not torch.allclose(outputs(plain, there), turned(outputs(plain, observed), 37))
+    way = observed[:, -1] - observed[:, 0]
+    along = torch.stack(
+        [turned(track[None], -math.degrees(math.atan2(y, x)))[0] for track, (x, y) in zip(observed, way, strict=True)]
+    )
+    assert (along[:, -1, 0] > along[:, 0, 0]).all()
+    torch.testing.assert_close(along[:, -1, 1], along[:, 0, 1])
+    torch.testing.assert_close(outputs(net, along), outputs(plain, along))
+
+    standing = torch.zeros_like(observed)
+    torch.testing.assert_close(outputs(net, standing), outputs(plain, standing))
+
+
+def test_task_1_is_told_no_heading_of_the_future() -> None:
+    net, track = shaken(Step(shape(align_heading=True))), tracks()[:, :-1]
+    changed = track.clone()
+    changed[:, OBSERVE:] = turned(track[:, OBSERVE:], 90)
+    torch.testing.assert_close(net(changed)[:, :OBSERVE], net(track)[:, :OBSERVE])
+
+
 def test_each_network_starts_as_a_copy_of_the_one_before() -> None:
     step = Step(shape())
     destination = Destination(step)
