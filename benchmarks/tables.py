@@ -6,8 +6,8 @@
 Between ``<!-- results:<name> -->`` and ``<!-- /results -->`` a document holds the table of ``<name>.jsonl``, a study,
 or of ``<name>.json``: a summary, or ``benchmarks.overhead``, ``.distillation``, ``.ppt``, ``.questions``, ``.paired``
 found. Of a study, ``<!-- results:<name> against <method> of <dataset> -->`` gives the paired differences to that
-method, and the rows of that dataset alone; ``on validation`` before them gives the scores on that split. All parts may
-be left out.
+method, and the rows of that dataset alone; ``on validation`` before them gives the scores on that split, and ``with
+<method>; <method>`` behind them the rows of those methods alone. All parts may be left out.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.formats import TableError, count, markdown, ms, score, scored, share, size, times, titled
 from benchmarks.study_tables import TEST, paired_table, read_results, study_table
+from toolchain.faults import allowed
 from toolchain.stage import console, guard
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,7 +32,7 @@ NOISY = 0.25  # a training benchmark whose rounds differ by more is marked
 LEAST_WIDTH = 100  # a cut column says nothing; a terminal that is narrower wraps
 MARKED = re.compile(
     r"(<!-- results:(?P<study>[\w.-]+)(?: on (?P<split>validation))?(?: against (?P<base>[^>]+?))?"
-    r"(?: of (?P<dataset>[\w.-]+))? -->\n)"
+    r"(?: of (?P<dataset>[\w.-]+))?(?: with (?P<methods>[^>]+?))? -->\n)"
     r"(?P<body>.*?)(<!-- /results -->)",
     re.DOTALL,
 )
@@ -307,10 +308,19 @@ def render(text: str, results: Path, what: str) -> str:
         else:
             rows = read_results(results / f"{match['study']}.jsonl")
             rows = [row for row in rows if match["dataset"] in (None, row["dataset"])]
+            if match["methods"]:
+                rows = _of_methods(rows, match["methods"].split("; "), what)
             table = study_table(rows, match["base"], match["split"] or TEST)
         return f"{match[1]}\n{table}\n<!-- /results -->"
 
     return MARKED.sub(replaced, text)
+
+
+def _of_methods(rows: list[dict[str, Any]], wanted: Sequence[str], what: str) -> list[dict[str, Any]]:
+    known = list(dict.fromkeys(row["method"] for row in rows))
+    if unknown := [name for name in wanted if name not in known]:
+        raise TableError(f"{what}: with {unknown[0]}: no such method; {allowed(unknown[0], known)}")
+    return [row for row in rows if row["method"] in wanted]
 
 
 def update(paths: Sequence[Path], results: Path, check: bool) -> list[Path]:

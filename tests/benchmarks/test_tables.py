@@ -64,6 +64,17 @@ def test_a_study_is_compared_with_any_of_its_methods(tmp_path: Path) -> None:
     assert "No results yet" in tables.render(text.replace("of digits", "of mnist"), tmp_path, "a.md")
 
 
+def test_a_document_may_show_some_methods_alone(tmp_path: Path) -> None:
+    write(tmp_path)
+    text = "<!-- results:digits of digits with plain -->\n<!-- /results -->"
+    found = tables.render(text, tmp_path, "a.md")
+    assert "| digits | plain |" in found
+    assert "prockd" not in found
+    assert "prockd" in tables.render(text.replace("plain", "plain; prockd"), tmp_path, "a.md")
+    with pytest.raises(tables.TableError, match=r"^a.md: with plane: no such method; did you mean 'plain'"):
+        tables.render(text.replace("plain", "plane"), tmp_path, "a.md")
+
+
 def test_a_document_may_show_the_validation_split(tmp_path: Path) -> None:
     row = {"method": "tried", "dataset": "digits", "seed": 0, "device": "cpu"}
     write(tmp_path, extra=[row | {"metrics": {"accuracy": 80.0, "val_accuracy": 85.0}}])
