@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from toolchain.section import Section
 
 Weight = Annotated[float, Field(ge=0)]
+Balance = Annotated[float, Field(ge=0, le=1, exclude_if=lambda value: not value)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -158,7 +159,8 @@ class PPT(Section):
     ``destination_features`` are its distillation terms, ``branches`` its supervision of the other hypotheses by the
     section ``teacher``. ``test_selected``: also report the epoch of task III that is best on the test split, the
     official code's habit, beside the honest one. ``stretch``: every window is multiplied by a factor drawn from
-    1/stretch..stretch, log-uniformly, anew in each epoch.
+    1/stretch..stretch, log-uniformly, anew in each epoch. ``balance``: windows are drawn from the recordings in
+    proportion to their sizes to the power of 1 - balance: 0 as they come, 1 as many from each.
     """
 
     name: Literal["ppt"]
@@ -175,6 +177,7 @@ class PPT(Section):
     destination_features: Weight = 0.5
     branches: Weight = 0.0
     stretch: Annotated[float, Field(ge=1)] = 1.0
+    balance: Balance = 0.0
     test_selected: bool = False
 
     @model_validator(mode="after")
@@ -199,7 +202,10 @@ class PPT(Section):
 
 
 class PPTStudent(Section):
-    """A finished PPT teaches a smaller network, hypothesis by hypothesis; see ``methods/ppt_student.py``."""
+    """A finished PPT teaches a smaller network, hypothesis by hypothesis; see ``methods/ppt_student.py``.
+
+    ``balance`` is as in ``PPT``.
+    """
 
     name: Literal["ppt_student"]
     paths: Weight = 1.0
@@ -207,6 +213,7 @@ class PPTStudent(Section):
     features: Weight = 1.0
     truth: Weight = 1.0
     ranking: Weight = 1.0
+    balance: Balance = 0.0
 
 
 class Recipe(Section):

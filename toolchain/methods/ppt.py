@@ -29,6 +29,9 @@ Deliberate deviations, each a key of the config but for what counts as an epoch:
 - ``stretch``: windows in other sizes too, so that speeds are known which the training scenes do not have.
 - ``student.speed_floor``: coordinates are divided by the observed speed, which the networks are told; for the same
   reason.
+- ``balance``: small recordings are drawn more often; but for UNIV's turn, 70 to 80 % of ETH/UCY's training windows are
+  UNIV's.
+- ``student.align_heading``: tracks are turned to the observed direction of travel, and predictions back.
 - ``branches``: the path to one further candidate, drawn anew in every step, follows the one that the config's teacher
   predicts for it; the official code leaves the other K - 1 paths without supervision.
 """

@@ -85,6 +85,22 @@ def test_a_stretched_window_keeps_its_form(tmp_path: Path, run: Run) -> None:
     assert not torch.equal(*factors)
 
 
+@pytest.mark.parametrize(("balance", "share"), [(0.0, 1 / 16), (0.5, 1 / (1 + 15**0.5)), (1.0, 0.5)])
+def test_windows_of_a_small_recording_are_drawn_as_often_as_asked_for(
+    tmp_path: Path, balance: float, share: float
+) -> None:
+    run = tiny_run(tmp_path, config(METHOD | {"balance": balance}))
+    run.data.splits["train"] = split = walks(256)
+    split.arrays["scene"] = np.array([0] * 16 + [1] * 240)
+    batches = TrajectoryBatches(run)
+    if batches.chances is None:
+        assert sorted(batches.order(3)) == list(range(256))
+    orders = np.array([batches.order(epoch) for epoch in range(400)])
+    assert (orders < 16).mean() == pytest.approx(share, abs=0.005)
+    np.testing.assert_array_equal(batches.order(7), orders[7])
+    assert len({tuple(order) for order in orders}) == len(orders)
+
+
 def test_what_the_teacher_says_comes_in_the_version_that_is_shown(run: Run) -> None:
     values = np.arange(3 * 24, dtype=np.float32).reshape(3, 24, 1)
     batches = TrajectoryBatches(run, {"feature": values}, 3)
