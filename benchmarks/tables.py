@@ -7,7 +7,8 @@ Between ``<!-- results:<name> -->`` and ``<!-- /results -->`` a document holds t
 or of ``<name>.json``: a summary, or ``benchmarks.overhead``, ``.distillation``, ``.ppt``, ``.questions``, ``.paired``
 found. Of a study, ``<!-- results:<name> against <method> of <dataset> -->`` gives the paired differences to that
 method, and the rows of that dataset alone; ``on validation`` before them gives the scores on that split, and ``with
-<method>; <method>`` behind them the rows of those methods alone. All parts may be left out.
+<method>; <method>`` behind them the rows of those methods alone, without the sentences of their protocols that begin
+with the name of another. All parts may be left out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.formats import TableError, count, markdown, ms, score, scored, share, size, times, titled
-from benchmarks.study_tables import TEST, paired_table, read_results, study_table
+from benchmarks.study_tables import SENTENCE, TEST, paired_table, read_results, study_table
 from toolchain.faults import allowed
 from toolchain.stage import console, guard
 
@@ -317,10 +318,20 @@ def render(text: str, results: Path, what: str) -> str:
 
 
 def _of_methods(rows: list[dict[str, Any]], wanted: Sequence[str], what: str) -> list[dict[str, Any]]:
+    """The rows of ``wanted``, and of their protocols not the sentences "Name: ..." that are of others' names alone."""
     known = list(dict.fromkeys(row["method"] for row in rows))
     if unknown := [name for name in wanted if name not in known]:
         raise TableError(f"{what}: with {unknown[0]}: no such method; {allowed(unknown[0], known)}")
-    return [row for row in rows if row["method"] in wanted]
+
+    def concerns(sentence: str) -> bool:
+        label = sentence.partition(":")[0].lower()
+        named = [name for name in known if label in name.lower()]
+        return not named or not set(wanted).isdisjoint(named)
+
+    def told(row: dict[str, Any]) -> str:
+        return " ".join(filter(concerns, SENTENCE.split(str(row.get("protocol", "")).strip())))
+
+    return [row | {"protocol": told(row)} for row in rows if row["method"] in wanted]
 
 
 def update(paths: Sequence[Path], results: Path, check: bool) -> list[Path]:

@@ -71,6 +71,15 @@ def test_a_document_may_show_some_methods_alone(tmp_path: Path) -> None:
     assert "| digits | plain |" in found
     assert "prockd" not in found
     assert "prockd" in tables.render(text.replace("plain", "plain; prockd"), tmp_path, "a.md")
+    row = {"dataset": "digits", "seed": 0, "metrics": {"accuracy": 1.0}}
+    protocol = "All: at .5 epochs. Short: 3 epochs. Taught: by a net. Pruned: to a half."
+    names = ["plain", "plain, short", "plain, taught"]
+    path = tmp_path / "told.jsonl"
+    path.write_text("".join(json.dumps(row | {"method": name, "protocol": protocol}) + "\n" for name in names))
+    text = "<!-- results:told with plain; plain, short -->\n<!-- /results -->"
+    assert "\nAll: at .5 epochs. Short: 3 epochs. Pruned: to a half. " in tables.render(text, tmp_path, "a.md")
+    assert " Taught: by a net. " in tables.render(text.replace("short", "taught"), tmp_path, "a.md")
+    text = "<!-- results:digits of digits with plain -->\n<!-- /results -->"
     with pytest.raises(tables.TableError, match=r"^a.md: with plane: no such method; did you mean 'plain'"):
         tables.render(text.replace("plain", "plane"), tmp_path, "a.md")
 
