@@ -308,9 +308,9 @@ def render(text: str, results: Path, what: str) -> str:
             table = measured_table(json.loads(measured.read_text(encoding="utf-8")), str(measured))
         else:
             rows = read_results(results / f"{match['study']}.jsonl")
-            rows = [row for row in rows if match["dataset"] in (None, row["dataset"])]
             if match["methods"]:
                 rows = _of_methods(rows, match["methods"].split("; "), what)
+            rows = [row for row in rows if match["dataset"] in (None, row["dataset"])]
             table = study_table(rows, match["base"], match["split"] or TEST)
         return f"{match[1]}\n{table}\n<!-- /results -->"
 
