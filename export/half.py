@@ -96,21 +96,26 @@ def measured(model: Any) -> set[str]:
     near = {v.name for v in model.graph.input if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT} - constants
     found = set[str]()
     for node in model.graph.node:
-        read = set(node.input) - constants
         if node.op_type in COMPUTE and near.intersection(node.input[:2]):  # the third is a bias
             found.add(node.name)
-        elif node.op_type in _STATISTICS and read and (read <= near or (node.op_type == "Concat" and read & near)):
+        elif _prepares(node, near, constants):
             near |= set(node.output)
     return found
 
 
+def _prepares(node: Any, near: set[str], constants: set[str]) -> bool:
+    """Whether ``node`` makes something of the values ``near`` a graph's input that is not computed from them yet."""
+    read = set(node.input) - constants
+    joins = node.op_type == "Concat" and bool(read & near)
+    return node.op_type in _STATISTICS and bool(read) and (read <= near or joins)
+
+
 def edges(model: Any) -> set[str]:
-    """Names of the nodes at the graph's two ends that only cast, normalise, move or decode values."""
+    """Names of the nodes at the graph's two ends that only cast, scale, turn, move, join or decode values."""
     nodes, constants, found = list(model.graph.node), _constants(model), set[str]()
     near = {value.name for value in model.graph.input} - constants
     for node in nodes:
-        read = set(node.input) - constants
-        if node.op_type in _LIGHT and read and read <= near:
+        if _prepares(node, near, constants):
             found.add(node.name)
             near |= set(node.output)
     far = {value.name for value in model.graph.output}
