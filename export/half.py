@@ -104,7 +104,7 @@ def measured(model: Any) -> set[str]:
 
 
 def _prepares(node: Any, near: set[str], constants: set[str]) -> bool:
-    """Whether ``node`` makes something of the values ``near`` a graph's input that is not computed from them yet."""
+    """Whether ``node`` only casts, scales, turns, moves or joins values ``near`` a graph's input."""
     read = set(node.input) - constants
     joins = node.op_type == "Concat" and bool(read & near)
     return node.op_type in _STATISTICS and bool(read) and (read <= near or joins)
