@@ -18,7 +18,7 @@ from toolchain.runtime import Runtime, load
 from toolchain.stage import Job
 from toolchain.tasks import trajectory
 
-FRAME = ("speed_floor", 0.4), ("align_heading", True)
+FRAME = ("speed_floor", 0.4), ("align_heading", True), ("depth", 1)
 
 
 @pytest.fixture(params=[("ppt",), ("one_shot",), ("ppt", *FRAME), ("one_shot", *FRAME)], ids=str)
