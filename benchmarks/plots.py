@@ -39,6 +39,15 @@ STYLE: Any = {
     "legend.frameon": False,
     "svg.hashsalt": "edgestill",
 }
+ABOVE: dict[str, Any] = {  # a legend over its panel, headed by the panel's title: inside it would cover curves
+    "loc": "lower left",
+    "bbox_to_anchor": (0, 1),
+    "borderaxespad": 0.2,
+    "alignment": "left",
+    "title_fontproperties": {"size": 10, "weight": "bold"},
+    "fontsize": 7,
+    "ncols": 3,
+}
 FEW = 15  # points of a curve that are marked
 TEST = "test, watched only"
 LOSSES = {
@@ -259,9 +268,7 @@ def training(curves: Mapping[str, Sequence[tuple[float, float]]], axis: str) -> 
             axes.set_xlim(-0.03 * last, 1.03 * last)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
             axes.set_xlabel(axis)
-            bold = {"size": mpl.rcParams["axes.titlesize"], "weight": "bold"}
-            above: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
-            axes.legend(title=title, alignment="left", title_fontproperties=bold, fontsize=7, ncols=3, **above)
+            axes.legend(title=title, **ABOVE)
         return _svg(figure)
 
 

@@ -272,6 +272,7 @@ def work_off(job: Job) -> None:
     from toolchain.distill import train_student, write
 
     data = load_data(job.inputs["data"])
+    inputs = {name: artifact.read(path).id for name, path in job.inputs.items()}
     failures = []
     for number, item in enumerate(job.config["runs"], start=1):
         cfg = validate(item["config"])
@@ -298,7 +299,7 @@ def work_off(job: Job) -> None:
             "metrics": test if selects else test | validated | selected(trained.run.records),
             "parameters": sum(p.numel() for p in trained.student.parameters()),
             "config_sha256": item["sha256"],
-            "inputs": {name: artifact.read(path).id for name, path in job.inputs.items()},
+            "inputs": inputs,
             "commit": job.config["commit"],
             "device": device(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -280,10 +280,11 @@ def test_one_failed_run_stops_no_other(path: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("toolchain.distill.train_student", train)
     monkeypatch.setattr(study, "load_data", lambda folder: None)
     declared, rows = study.rows(path, ["seeds=[0]"])
-    (tmp_path / "shared").mkdir()
+    with create(tmp_path / "shared" / "data", stage="data", config={}):
+        pass
     job = study._job(declared, tmp_path / "shared", rows[:2], tmp_path / "r.jsonl")
     with pytest.raises(EdgestillError, match=r"plain seed 0: loss is nan\nfitnet seed 0: loss is nan"):
-        study.work_off(Job(job.stage, job.out, job.config, {"data": tmp_path}))
+        study.work_off(job)
     assert seen == ["plain", "fitnet"]
 
 

@@ -62,16 +62,16 @@ class TrajectoryBatches(Batches):
         self.versions, self.stretch = count, float(getattr(run.cfg.method, "stretch", 1.0))
         self.arrays = {name: torch.from_numpy(np.array(a)).flatten(0, 1).to(run.device) for name, a in arrays.items()}
         self._drawn: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
-        balance, self.chances = float(getattr(run.cfg.method, "balance", 0.0)), None
+        balance, self._chances = float(getattr(run.cfg.method, "balance", 0.0)), None
         if balance:
             recording = np.asarray(train.arrays["scene"])
             weights = np.bincount(recording)[recording] ** -balance
-            self.chances = weights / weights.sum()
+            self._chances = weights / weights.sum()
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        if self.chances is None:
+        if self._chances is None:
             return super().order(epoch)
-        return np.random.default_rng((self.seed, epoch, 3)).choice(self.count, self.count, p=self.chances)
+        return np.random.default_rng((self.seed, epoch, 3)).choice(self.count, self.count, p=self._chances)
 
     def version_of(self, epoch: int) -> NDArray[np.int64]:
         """The version in which each sample is shown in ``epoch``."""

@@ -93,7 +93,7 @@ def test_windows_of_a_small_recording_are_drawn_as_often_as_asked_for(
     run.data.splits["train"] = split = walks(256)
     split.arrays["scene"] = np.array([0] * 16 + [1] * 240)
     batches = TrajectoryBatches(run)
-    if batches.chances is None:
+    if not balance:
         assert sorted(batches.order(3)) == list(range(256))
     orders = np.array([batches.order(epoch) for epoch in range(400)])
     assert (orders < 16).mean() == pytest.approx(share, abs=0.005)
