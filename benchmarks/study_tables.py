@@ -236,7 +236,7 @@ def _average(scenes: Sequence[Mapping[int, Pair]]) -> str:
     means = [[statistics.fmean(found[i] for found in by_seed.values()) for by_seed in scenes] for i in (0, 1)]
     shared = set.intersection(*(set(by_seed) for by_seed in scenes))
     of_seed = [[statistics.fmean(by_seed[seed][i] for by_seed in scenes) for seed in sorted(shared)] for i in (0, 1)]
-    text = _pair(map(statistics.fmean, means))
+    text = errors(map(statistics.fmean, means))
     return text + _spread(of_seed) if len(shared) > 1 else text
 
 
@@ -244,25 +244,25 @@ def _over_seeds(pairs: Sequence[Pair], *, spread: bool) -> str:
     if not pairs:
         return "–"
     both = list(map(list, zip(*pairs, strict=True)))
-    text = _pair(map(statistics.fmean, both))
+    text = errors(map(statistics.fmean, both))
     return text + _spread(both) if spread and len(pairs) > 1 else text
 
 
 def _spread(both: Sequence[Sequence[float]]) -> str:
-    return f" ± {_pair(map(statistics.stdev, both))}"
+    return f" ± {errors(map(statistics.stdev, both))}"
 
 
-def _pair(pair: Iterable[float], digits: int = 3) -> str:
+def errors(pair: Iterable[float], digits: int = 3) -> str:
     """``.174/.321``: ADE and FDE."""
     return "/".join(f"{value:.{digits}f}".removeprefix("0" if value < 1 else "") for value in pair)
 
 
 def _reference_cells(row: Mapping[str, Any], columns: Sequence[str], averaged: Sequence[str]) -> list[str]:
     scores, digits = row["scores"], row["digits"]
-    cells = [_pair(scores[name], digits) if name in scores else "–" for name in columns]
+    cells = [errors(scores[name], digits) if name in scores else "–" for name in columns]
     if averaged:
         mean = scores.get(AVG) or [statistics.fmean(scores[scene][i] for scene in averaged) for i in (0, 1)]
-        cells.append(_pair(mean, digits))
+        cells.append(errors(mean, digits))
     return [row["method"], *cells, "–"]
 
 

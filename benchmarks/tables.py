@@ -4,11 +4,11 @@
     python -m benchmarks.tables [--check] [--results benchmarks/results] README.md ...
 
 Between ``<!-- results:<name> -->`` and ``<!-- /results -->`` a document holds the table of ``<name>.jsonl``, a study,
-or of ``<name>.json``: a summary, or ``benchmarks.overhead``, ``.distillation``, ``.ppt``, ``.questions``, ``.paired``
-found. Of a study, ``<!-- results:<name> against <method> of <dataset> -->`` gives the paired differences to that
-method, and the rows of that dataset alone; ``on validation`` before them gives the scores on that split, and ``with
-<method>; <method>`` behind them the rows of those methods alone, without the sentences of their protocols that begin
-with the name of another. All parts may be left out.
+or of ``<name>.json``: a summary, or what ``benchmarks.overhead``, ``.distillation``, ``.ppt``, ``.noise``,
+``.questions`` or ``.paired`` found. Of a study, ``<!-- results:<name> against <method> of <dataset> -->`` gives the
+paired differences to that method, and the rows of that dataset alone; ``on validation`` before them gives the scores on
+that split, and ``with <method>; <method>`` behind them the rows of those methods alone, without the sentences of their
+protocols that begin with the name of another. All parts may be left out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.formats import TableError, count, markdown, ms, score, scored, share, size, times, titled
-from benchmarks.study_tables import SENTENCE, TEST, paired_table, read_results, study_table
+from benchmarks.study_tables import SENTENCE, TEST, errors, paired_table, read_results, study_table
 from toolchain.faults import allowed
 from toolchain.stage import console, guard
 
@@ -194,6 +194,8 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
         return f"{markdown(title, body, right=title[1:])}\np50, batch 1, {device(value['environment'])}.\n"
     if "training" in value and "inference" in value:
         return _ppt_tables(value)
+    if "noise" in value:
+        return _noise_table(value)
     if "answers" in value:
         return _answers_table(value)
     if "comparisons" in value:
@@ -205,7 +207,7 @@ def measured_table(value: Mapping[str, Any], what: str) -> str:
             parts.append(f"\n{markdown(title, body, right=title[1:])}".rstrip())
         return "\n".join([*parts, ""])
     raise TableError(
-        f"{what}: neither a summary nor of benchmarks.overhead, .distillation, .ppt, .questions or .paired"
+        f"{what}: neither a summary nor of benchmarks.overhead, .distillation, .ppt, .noise, .questions or .paired"
     )
 
 
@@ -283,6 +285,19 @@ def _ppt_tables(value: Mapping[str, Any]) -> str:
     if noisy:
         note += f" ~ noisy: rounds lie more than {NOISY:.0%} apart."
     return f"{text}\n{note}\n"
+
+
+def _noise_table(value: Mapping[str, Any]) -> str:
+    unit = value["unit"]
+    title = ["graph", *(f"{deviation:g} {unit}" for deviation in value["deviations"])]
+    body = [
+        [row["graph"], *(errors((one["minADE"], one["minFDE"])) for one in row["scores"])] for row in value["noise"]
+    ]
+    note = (
+        f"minADE/minFDE in {unit}; less is better. Normal noise of that standard deviation on each observed position, "
+        f"none on the {value['windows']} futures scored against ({', '.join(value['recordings'])})."
+    )
+    return f"{markdown(title, body, right=title[1:])}\n{note}\n"
 
 
 def _distillation_cells(name: str, row: Mapping[str, Any]) -> list[str]:

@@ -111,7 +111,7 @@ def test_devices_are_told_apart() -> None:
     ("pair", "text"), [((0.174, 0.321), ".174/.321"), ((1.0749, 12.5), "1.075/12.500"), ((0.9996, 0.0), "1.000/.000")]
 )
 def test_errors_below_one_begin_with_the_point(pair: tuple[float, float], text: str) -> None:
-    assert study_tables._pair(pair) == text
+    assert study_tables.errors(pair) == text
 
 
 def test_the_references_are_whole() -> None:

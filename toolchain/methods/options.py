@@ -13,6 +13,7 @@ from toolchain.section import Section
 
 Weight = Annotated[float, Field(ge=0)]
 Balance = Annotated[float, Field(ge=0, le=1, exclude_if=lambda value: not value)]
+Jitter = Annotated[float, Field(ge=0, exclude_if=lambda value: not value)]
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -160,7 +161,9 @@ class PPT(Section):
     section ``teacher``. ``test_selected``: also report the epoch of task III that is best on the test split, the
     official code's habit, beside the honest one. ``stretch``: every window is multiplied by a factor drawn from
     1/stretch..stretch, log-uniformly, anew in each epoch. ``balance``: windows are drawn from the recordings in
-    proportion to their sizes to the power of 1 - balance: 0 as they come, 1 as many from each.
+    proportion to their sizes to the power of 1 - balance: 0 as they come, 1 as many from each. ``jitter``: the
+    observed positions of half of the windows get normal noise, whose standard deviation in the data's unit is drawn
+    from 0..jitter for each window, anew in each epoch.
     """
 
     name: Literal["ppt"]
@@ -178,6 +181,7 @@ class PPT(Section):
     branches: Weight = 0.0
     stretch: Annotated[float, Field(ge=1)] = 1.0
     balance: Balance = 0.0
+    jitter: Jitter = 0.0
     test_selected: bool = False
 
     @model_validator(mode="after")
@@ -204,7 +208,7 @@ class PPT(Section):
 class PPTStudent(Section):
     """A finished PPT teaches a smaller network, hypothesis by hypothesis; see ``methods/ppt_student.py``.
 
-    ``balance`` is as in ``PPT``.
+    ``balance`` and ``jitter`` are as in ``PPT``; the teacher saw the observed positions without the noise.
     """
 
     name: Literal["ppt_student"]
@@ -214,6 +218,7 @@ class PPTStudent(Section):
     truth: Weight = 1.0
     ranking: Weight = 1.0
     balance: Balance = 0.0
+    jitter: Jitter = 0.0
 
 
 class Recipe(Section):

@@ -15,7 +15,15 @@ from toolchain.section import Section
 from toolchain.tasks import Arrays, Data, Split
 from toolchain.tasks.datasets import DataError, data_root
 from toolchain.tasks.simulator import simulate
-from toolchain.tasks.tracks import COLUMNS, Integers, Recording, longest_run, read_tracks, window_rows
+from toolchain.tasks.tracks import (
+    COLUMNS,
+    Integers,
+    Recording,
+    longest_run,
+    read_tracks,
+    repeated_steps,
+    window_rows,
+)
 
 SUFFIXES = (".txt", ".csv", ".tsv")
 PARTS = ("train", "val", "test")
@@ -41,6 +49,12 @@ INTERPOLATED = (
     "the ETH recording biwi_eth is a 10-frame interpolation of 6-frame annotations, as in the literature: people move "
     "about twice as far a step as in every other scene, and results on the 6-frame file do not compare"
 )
+SPARSE = (
+    "{share:.0%} of the steps in the training tracks repeat the one before: positions were interpolated between sparse "
+    "ones, and a network learns to read the future from that. Positions that a camera finds are noisy: to train for "
+    "them, set method.jitter to the standard deviation of the worst"
+)
+OFTEN = 0.2  # of the steps
 TEST_VALIDATION = (
     "the held-out scene is the validation split too, as in PPT's official code, and the validation windows train: what "
     "is selected by it flatters, and serves only to compare with published figures"
@@ -140,6 +154,8 @@ def prepare(section: DataSection) -> Data:
     if section.source in ("files", "sdd"):
         more = [f"{len(lost) - NAMED} more recordings with such people"] if len(lost) > NAMED else []
         note = "; ".join([*filter(None, [note]), *lost[:NAMED], *more]) or None
+    if section.source != "simulator" and (share := repeated_steps(parts["train"])) > OFTEN:
+        note = "; ".join([*filter(None, [note]), SPARSE.format(share=share)])
     if section.train_samples is not None:
         train = splits["train"]
         if section.train_samples > len(train):

@@ -47,7 +47,8 @@ def versions(tracks: NDArray[np.float32], count: int = len(VERSIONS), seed: int 
 class TrajectoryBatches(Batches):
     """Batches of ``track`` float32 (B, T, 2), each in a version drawn anew every epoch.
 
-    With ``balance`` (see ``methods.options.PPT``) an epoch has as many windows, drawn with replacement.
+    With ``balance`` (see ``methods.options.PPT``) an epoch has as many windows, drawn with replacement; with ``jitter``
+    the observed positions are noisy, and all are relative to the noisy last one.
 
     ``extra`` adds named float32 arrays (V, N, ...) for the ``count`` V versions that ``versions`` gives. They are not
     stretched, so they and ``stretch`` (see ``methods.options.PPT``) exclude each other.
@@ -60,8 +61,10 @@ class TrajectoryBatches(Batches):
         self.observe = int(run.data.info["observe"])
         arrays = {"track": versions(normalised(train, self.scale), count)} | dict(extra or {})
         self.versions, self.stretch = count, float(getattr(run.cfg.method, "stretch", 1.0))
+        self.jitter = self.scale * float(getattr(run.cfg.method, "jitter", 0.0))
         self.arrays = {name: torch.from_numpy(np.array(a)).flatten(0, 1).to(run.device) for name, a in arrays.items()}
         self._drawn: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
+        self._noise: tuple[int, NDArray[np.float32]] = (-1, np.zeros(0, np.float32))
         balance, self._chances = float(getattr(run.cfg.method, "balance", 0.0)), None
         if balance:
             recording = np.asarray(train.arrays["scene"])
@@ -80,6 +83,15 @@ class TrajectoryBatches(Batches):
             self._drawn = (epoch, rng.integers(self.versions, size=self.count))
         return self._drawn[1]
 
+    def noise_of(self, epoch: int) -> NDArray[np.float32]:
+        """What is added to the observed positions of each sample in ``epoch``, (N, T_o, 2)."""
+        if self._noise[0] != epoch:
+            rng = np.random.default_rng((self.seed, epoch, 4))
+            deviation = rng.uniform(-self.jitter, self.jitter, (self.count, 1, 1)).clip(0).astype(np.float32)
+            noise = rng.standard_normal((self.count, self.observe, 2), np.float32) * deviation
+            self._noise = (epoch, noise)
+        return self._noise[1]
+
     def gather(self, index: NDArray[np.int64], epoch: int) -> dict[str, Tensor]:
         rows = torch.from_numpy(self.version_of(epoch)[index] * self.count + index)
         batch = {name: array[rows.to(array.device)].float() for name, array in self.arrays.items()}
@@ -87,6 +99,13 @@ class TrajectoryBatches(Batches):
             drawn = np.random.default_rng((self.seed, epoch, 2)).uniform(-1, 1, self.count)[index]
             factor = torch.from_numpy(self.stretch**drawn).to(batch["track"])
             batch["track"] = batch["track"] * factor[:, None, None]
+        if self.jitter:
+            noise = torch.from_numpy(self.noise_of(epoch)[index]).to(batch["track"])
+            shift = noise[:, -1:]
+            track = batch["track"] - shift
+            batch["track"] = torch.cat([track[:, : self.observe] + noise, track[:, self.observe :]], 1)
+            if "paths" in batch:
+                batch["paths"] = batch["paths"] - shift[:, None]
         return batch
 
 

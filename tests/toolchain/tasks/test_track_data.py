@@ -31,9 +31,11 @@ SCENES: dict[Any, tuple[int, int, int, int, float, float]] = {
 
 
 def walk(path: Path, agents: int, steps: int, step: int = 10, first: int = 0) -> Path:
-    """Everybody walks along x at 1 a step, from 100 times his id; all are there all the time."""
+    """Everybody walks along x at 1 a step, and sways along y; all are there all the time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [f"{first + k * step} {a} {100 * a + k} {a}" for k in range(steps) for a in range(1, agents + 1)]
+    rows = [
+        f"{first + k * step} {a} {100 * a + k} {a + k % 2 / 10}" for k in range(steps) for a in range(1, agents + 1)
+    ]
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
     return path
 
@@ -274,6 +276,14 @@ def test_people_without_a_window_are_told(tmp_path: Path) -> None:
     assert "without a gap at stride 2 for 1 of 2 people" in own(tmp_path, stride=2).info["note"]
 
 
+def test_tracks_between_sparse_positions_are_told(tmp_path: Path) -> None:
+    rows = [f"{10 * k} 1 {k} {abs(k % 10 - 5)}" for k in range(60)]
+    (tmp_path / "a.txt").write_text("\n".join(rows))
+    note = own(tmp_path).info["note"]
+    assert note.startswith("80% of the steps in the training tracks repeat the one before: positions were interpolated")
+    assert "method.jitter" in note
+
+
 def test_sdd_absent_says_what_and_where(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
@@ -295,6 +305,7 @@ def test_eth_ucy_has_the_published_windows(data_root: Path, scene: Any) -> None:
     assert (round(float(error.mean()), 3), round(float(error[:, -1].mean()), 3)) == (ade, fde)
     assert data.splits["test"].meta["scenes"] == list(download.ETH_UCY[scene])
     assert ("interpolation" in (data.info["note"] or "")) == (scene == "eth")
+    assert "% of the steps in the training tracks repeat the one before" in data.info["note"]
     two = prepare(DataSection(source="eth_ucy", scene=scene, path=str(data_root), least_agents=2))
     assert len(two.splits["test"]) == shared
 

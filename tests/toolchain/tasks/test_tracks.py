@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from toolchain.tasks.datasets import DataError
-from toolchain.tasks.tracks import Recording, constant_velocity, longest_run, read_tracks, window_rows
+from toolchain.tasks.tracks import Recording, constant_velocity, longest_run, read_tracks, repeated_steps, window_rows
 
 ROWS = [(780, 1, 8.46, 3.59), (790, 1, 9.57, 3.79), (790, 2, -1.5, 0.25), (810, 2, -1.25, 0.5)]
 
@@ -177,6 +177,23 @@ def test_the_grid_is_that_of_frame_step() -> None:
     assert len(window_rows(recording({1: list(range(6))}, step=12), 6)) == 1
     sparse = recording({1: [0, 2, 4, 6]})
     assert (len(window_rows(sparse, 2)), longest_run(sparse)) == (0, 1)
+
+
+def test_steps_repeat_where_positions_were_interpolated() -> None:
+    k = np.arange(41)
+    zigzag = np.stack([k, np.abs(k % 10 - 5)], 1).astype(float)  # 39 pairs of steps, 7 of them around a corner
+    noisy = zigzag + np.random.default_rng(0).normal(size=zigzag.shape) * 0.05
+
+    def walked(xy: Any, steps: Any = k) -> Recording:
+        return Recording("a", 10 * steps, np.zeros(len(xy), np.int64), xy)
+
+    assert repeated_steps([walked(zigzag)]) == pytest.approx(32 / 39)
+    assert repeated_steps([walked(noisy)]) < 0.03
+    stands = walked(np.repeat(zigzag[:1], 9, 0), k[:9])
+    assert repeated_steps([walked(zigzag), stands]) == pytest.approx(32 / 39), "who stands does not count"
+    gaps = np.delete(k, k[2::3])
+    assert np.isnan(repeated_steps([walked(zigzag[gaps], gaps)])), "a gap is no step"
+    assert np.isnan(repeated_steps([stands]))
 
 
 def test_constant_velocity_repeats_the_last_step() -> None:

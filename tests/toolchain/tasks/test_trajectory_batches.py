@@ -85,6 +85,33 @@ def test_a_stretched_window_keeps_its_form(tmp_path: Path, run: Run) -> None:
     assert not torch.equal(*factors)
 
 
+def test_jitter_moves_what_half_of_the_people_were_seen_to_do_and_leaves_where_they_went(tmp_path: Path) -> None:
+    count, paths = 400, np.zeros((1, 400, K, PREDICT, 2), np.float32)
+    plain, noisy = (tiny_run(tmp_path, config(METHOD | jitter)) for jitter in ({}, {"jitter": 0.05}))
+    plain.data.splits["train"] = noisy.data.splits["train"] = walks(count)
+    before, after = (TrajectoryBatches(run, {"paths": paths}, 1) for run in (plain, noisy))
+    index, moved, shifts = np.arange(count), [], []
+    for epoch in (0, 1):
+        was, found = (batches.gather(index, epoch) for batches in (before, after))
+        assert not found["track"][:, OBSERVE - 1].any(), "not relative to the last observed position"
+        shift = was["track"][:, OBSERVE:] - found["track"][:, OBSERVE:]
+        torch.testing.assert_close(shift, shift[:, :1].expand_as(shift), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            was["paths"] - found["paths"], shift[:, None].expand(-1, K, -1, -1), rtol=0, atol=1e-4
+        )
+        noise = (found["track"] + shift[:, :1] - was["track"])[:, :OBSERVE] / 30
+        moved.append(noise.abs().amax((1, 2)) > 1e-5)
+        deviation = noise[moved[-1]].std(dim=(1, 2))
+        assert moved[-1].float().mean() == pytest.approx(0.5, abs=0.08)
+        assert deviation.mean() == pytest.approx(0.025, abs=0.004)
+        assert deviation.max() < 0.05 * 1.6
+        assert noise.mean().abs() < 0.002
+        torch.testing.assert_close(after.gather(index[5:7], epoch)["track"], found["track"][5:7])
+        shifts.append(shift)
+    assert not torch.equal(*moved)
+    assert not torch.equal(*shifts)
+
+
 @pytest.mark.parametrize(("balance", "share"), [(0.0, 1 / 16), (0.5, 1 / (1 + 15**0.5)), (1.0, 0.5)])
 def test_windows_of_a_small_recording_are_drawn_as_often_as_asked_for(
     tmp_path: Path, balance: float, share: float
