@@ -19,7 +19,9 @@ from toolchain.tasks.tracks import (
     COLUMNS,
     Integers,
     Recording,
+    at_pace,
     longest_run,
+    reach,
     read_tracks,
     repeated_steps,
     window_rows,
@@ -47,7 +49,8 @@ FIXED: dict[str, dict[str, Any]] = {
 }
 INTERPOLATED = (
     "the ETH recording biwi_eth is a 10-frame interpolation of 6-frame annotations, as in the literature: people move "
-    "about twice as far a step as in every other scene, and results on the 6-frame file do not compare"
+    "about twice as far a step as in every other scene (data.paces [1, 1.6667] trains for that), and results on the "
+    "6-frame file do not compare"
 )
 SPARSE = (
     "{share:.0%} of the steps in the training tracks repeat the one before: positions were interpolated between sparse "
@@ -61,9 +64,11 @@ TEST_VALIDATION = (
 )
 
 NAMED = 3  # recordings that are told by name
+ONE_PACE = (1.0,)
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+Pace = Annotated[float, Field(ge=0.2, le=5)]
 Column = Annotated[int, Field(ge=0, strict=True)] | Annotated[str, Field(min_length=1)]
 Recordings = dict[str, list[Recording]]
 
@@ -82,6 +87,8 @@ class DataSection(Section):
     Frame ids are ``frame_step`` apart (sdd: 12) for ``seconds_per_step``. ``columns``: names or numbers (from 0) of
     frame, id, x and y. ``metres_per_unit`` makes metres of the files' unit. ``val_fraction`` and ``test_fraction``:
     what is cut from the end of every recording where a source has no such split (sdd: tracks drawn from ``seed``).
+    ``paces``: training windows are cut at each of these multiples of the time step, positions interpolated, for cameras
+    that are slower or faster.
     ``train_samples``: use that many training windows, evenly spread. ``recordings`` of ``seconds`` each are simulated
     from ``seed``.
     """
@@ -101,6 +108,7 @@ class DataSection(Section):
     columns: tuple[Column, Column, Column, Column] = COLUMNS
     val_fraction: Share = 0.1
     test_fraction: Share = 0.2
+    paces: Annotated[tuple[Pace, ...], Field(min_length=1, exclude_if=lambda value: value == ONE_PACE)] = ONE_PACE
     train_samples: Positive | None = None
     download: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -170,13 +178,19 @@ def prepare(section: DataSection) -> Data:
 def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tuple[Split, dict[str, int], list[str]]:
     """The split's windows, what gave how many, and of whom a recording has none, in words."""
     length = section.observe + section.predict
-    rows = [window_rows(r, length, section.stride, section.least_agents) for r in recordings]
+    paces = section.paces if name == "train" else ONE_PACE
+    cuts = [
+        (k, pace, window_rows(r, reach(length, pace), section.stride, section.least_agents))
+        for pace in paces
+        for k, r in enumerate(recordings)
+    ]
+    rows = [np.concatenate([index.ravel() for j, _, index in cuts if j == k]) for k in range(len(recordings))]
     counts = {
         "recordings": len(recordings),
         "recordings_without_window": sum(not len(index) for index in rows),
         "agents": sum(len(np.unique(r.agent)) for r in recordings),
         "rows": sum(map(len, recordings)),
-        "windows": sum(map(len, rows)),
+        "windows": sum(len(index) for _, _, index in cuts),
     }
     if not counts["windows"]:
         longest = max((longest_run(r) for r in recordings if len(r)), default=0)
@@ -191,14 +205,14 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
     used = [(len(np.unique(r.agent[index])), len(np.unique(index))) for r, index in zip(recordings, rows, strict=True)]
     counts["agents_without_window"] = counts["agents"] - sum(agents for agents, _ in used)
     counts["rows_without_window"] = counts["rows"] - sum(points for _, points in used)
-    xy = np.concatenate([r.xy[index] for r, index in zip(recordings, rows, strict=True)]).astype(np.float32)
-    first = [index[:, 0] for index in rows]
+    xy = np.concatenate([at_pace(recordings[k].xy[index], length, pace) for k, pace, index in cuts]).astype(np.float32)
+    first = [(k, index[:, 0]) for k, _, index in cuts]
     arrays: Arrays = {
         "observed": xy[:, : section.observe],
         "future": xy[:, section.observe :],
-        "scene": np.repeat(np.arange(len(rows)), [len(index) for index in rows]),
-        "agent": np.concatenate([r.agent[index] for r, index in zip(recordings, first, strict=True)]),
-        "frame": np.concatenate([r.frame[index] for r, index in zip(recordings, first, strict=True)]),
+        "scene": np.repeat([k for k, _ in first], [len(index) for _, index in first]),
+        "agent": np.concatenate([recordings[k].agent[index] for k, index in first]),
+        "frame": np.concatenate([recordings[k].frame[index] for k, index in first]),
     }
     meta = {"unit": section.unit, "seconds_per_step": section.seconds_per_step}
     lost = [why for r, index in zip(recordings, rows, strict=True) if (why := _lost(section, name, r, index))]
@@ -206,7 +220,7 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
 
 
 def _lost(section: DataSection, part: str, recording: Recording, index: Integers) -> str | None:
-    """Of whom ``recording`` has no window; ``index`` (windows, steps) are the rows of its windows."""
+    """Of whom ``recording`` has no window; ``index`` are the rows of its windows."""
     people = np.setdiff1d(recording.agent, recording.agent[index])
     if not len(people):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,6 +178,21 @@ def window_rows(recording: Recording, length: int = 20, stride: int = 1, least_a
     at = at[np.lexsort((recording.agent[order[at]], step[order[at]]))]
     rows: Integers = order[at[:, None] + np.arange(length)]
     return rows
+
+
+def reach(steps: int, pace: float) -> int:
+    """How many positions of a track ``steps`` lie among that are ``pace`` time steps apart."""
+    return math.ceil(round((steps - 1) * pace, 6)) + 1
+
+
+def at_pace(xy: Floats, steps: int, pace: float) -> Floats:
+    """Positions ``pace`` time steps apart, linearly interpolated: (N, reach(steps, pace), 2) to (N, steps, 2)."""
+    time = np.arange(steps) * pace
+    before = np.minimum(time.astype(np.int64), xy.shape[1] - 1)
+    after = np.minimum(before + 1, xy.shape[1] - 1)
+    share = (time - before)[:, None]
+    found: Floats = xy[:, before] * (1 - share) + xy[:, after] * share
+    return found
 
 
 def longest_run(recording: Recording) -> int:

@@ -276,6 +276,29 @@ def test_people_without_a_window_are_told(tmp_path: Path) -> None:
     assert "without a gap at stride 2 for 1 of 2 people" in own(tmp_path, stride=2).info["note"]
 
 
+def test_training_windows_are_cut_at_every_pace(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        walk(tmp_path / part / "a.txt", agents=2, steps=20)
+        walk(tmp_path / part / "b.txt", agents=1, steps=8)
+    plain, paced = own(tmp_path), own(tmp_path, paces=[1, 2, 0.5])
+    assert sizes(plain) == {"train": 2 * 16 + 4, "val": 36, "test": 36}
+    assert sizes(paced) == {"train": 36 + 2 * 12 + 2 * 18 + 6, "val": 36, "test": 36}
+    train = paced.splits["train"]
+    for name, array in plain.splits["train"].arrays.items():
+        assert np.array_equal(train.arrays[name][:36], array)
+    assert set(train.arrays["scene"][36:60]) == {0}, "eight steps hold no window of five twice as far apart"
+    assert np.bincount(train.arrays["scene"]).tolist() == [32 + 24 + 36, 4 + 6]
+    track = np.concatenate([train.arrays["observed"], train.arrays["future"]], 1)
+    np.testing.assert_allclose(np.diff(track[36:60, :, 0], axis=1), 2)
+    np.testing.assert_allclose(np.diff(track[60:, :, 0], axis=1), 0.5)
+    assert paced.info["counts"]["train"]["windows"] == len(train)
+    one = own(tmp_path, paces=[3])
+    assert sizes(one)["train"] == 2 * 8
+    assert one.info["counts"]["train"]["agents_without_window"] == 1
+    with pytest.raises(ValidationError, match="paces"):
+        DataSection(source="files", path=str(tmp_path), paces=())
+
+
 def test_tracks_between_sparse_positions_are_told(tmp_path: Path) -> None:
     rows = [f"{10 * k} 1 {k} {abs(k % 10 - 5)}" for k in range(60)]
     (tmp_path / "a.txt").write_text("\n".join(rows))

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from toolchain.tasks.datasets import DataError
-from toolchain.tasks.tracks import Recording, constant_velocity, longest_run, read_tracks, repeated_steps, window_rows
+from toolchain.tasks.tracks import (
+    Recording,
+    at_pace,
+    constant_velocity,
+    longest_run,
+    reach,
+    read_tracks,
+    repeated_steps,
+    window_rows,
+)
 
 ROWS = [(780, 1, 8.46, 3.59), (790, 1, 9.57, 3.79), (790, 2, -1.5, 0.25), (810, 2, -1.25, 0.5)]
 
@@ -177,6 +186,18 @@ def test_the_grid_is_that_of_frame_step() -> None:
     assert len(window_rows(recording({1: list(range(6))}, step=12), 6)) == 1
     sparse = recording({1: [0, 2, 4, 6]})
     assert (len(window_rows(sparse, 2)), longest_run(sparse)) == (0, 1)
+
+
+@pytest.mark.parametrize(("pace", "positions"), [(1.0, 5), (0.5, 3), (5 / 3, 8), (1.6667, 8), (2.0, 9), (0.25, 2)])
+def test_positions_at_another_pace_lie_on_the_track(pace: float, positions: int) -> None:
+    assert reach(5, pace) == positions
+    xy = np.random.default_rng(0).normal(size=(3, positions, 2)).cumsum(1)
+    found = at_pace(xy, 5, pace)
+    time = np.arange(positions)
+    expected = [[np.interp(np.arange(5) * pace, time, track[:, k]) for k in (0, 1)] for track in xy]
+    np.testing.assert_allclose(found, np.moveaxis(np.array(expected), 1, 2), atol=1e-12)
+    if pace == 1:
+        assert np.array_equal(found, xy)
 
 
 def test_steps_repeat_where_positions_were_interpolated() -> None:
