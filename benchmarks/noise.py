@@ -3,7 +3,7 @@
     python -m benchmarks.noise runs/zara1/onnx runs/zara1_jitter/onnx --out benchmarks/results/noise.json
 
 Normal noise of each standard deviation, the same for every graph, is added to the observed positions of the test split
-that lies beside them; what people really did is scored against, without noise. Graphs of several runs are compared
+that lies beside each; what people really did is scored against, without noise. Graphs of several runs are compared
 where their test splits are equal.
 """
 
@@ -18,7 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import accuracy
+from benchmarks.accuracy import CHUNK
 from benchmarks.environment import environment
+from benchmarks.formats import score
 from toolchain import artifact
 from toolchain.artifact import EdgestillError
 from toolchain.runtime import Runtime, load
@@ -26,7 +29,6 @@ from toolchain.stage import console, guard
 from toolchain.tasks import Split, load_data, trajectory
 
 DEVIATIONS = (0.0, 0.01, 0.02, 0.03, 0.05)  # in the data's unit
-CHUNK = 64
 
 
 def noisy(split: Split, deviation: float, seed: int = 0) -> Split:
@@ -36,10 +38,11 @@ def noisy(split: Split, deviation: float, seed: int = 0) -> Split:
     return replace(split, arrays=split.arrays | {"observed": (observed + deviation * drawn).astype(np.float32)})
 
 
-def scores(model: Runtime, split: Split) -> dict[str, float]:
-    """See ``toolchain.tasks.trajectory.score``."""
+def scores(model: Runtime, split: Split) -> dict[str, float | None]:
+    """See ``toolchain.tasks.trajectory.score``; None is no number."""
     parts = [model(split.feed(slice(start, start + CHUNK))) for start in range(0, len(split), CHUNK)]
-    return trajectory.score({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, split)
+    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return accuracy.score(trajectory, outputs, split)
 
 
 def measure(folders: Sequence[Path], deviations: Sequence[float] = DEVIATIONS, threads: int = 2) -> dict[str, Any]:
@@ -56,16 +59,17 @@ def measure(folders: Sequence[Path], deviations: Sequence[float] = DEVIATIONS, t
     for folder in folders:
         with load(folder, threads=threads) as model:
             found = [scores(model, one) for one in splits]
-        rows.append({"graph": "/".join(folder.resolve().parts[-2:]), "scores": found})
+        rows.append({"graph": str(folder), "scores": found})
         shown = ", ".join(
-            f"{one['minADE']:.3f} at {deviation:g}" for one, deviation in zip(found, deviations, strict=True)
+            f"{score(one['minADE'], 3)} at {deviation:g}" for one, deviation in zip(found, deviations, strict=True)
         )
-        console.print(f"    {rows[-1]['graph']}: minADE {shown} {info['unit']}", markup=False)
+        console.print(f"    {folder}: minADE {shown} {info['unit']}", markup=False)
+    scenes = split.meta["scenes"]
     return {
         "noise": rows,
         "deviations": list(deviations),
         "unit": info["unit"],
-        "recordings": list(split.meta["scenes"]),
+        "recordings": [scenes[k] for k in np.unique(split.arrays["scene"])],
         "windows": len(split),
         "environment": environment(),
     }

@@ -290,14 +290,17 @@ def _ppt_tables(value: Mapping[str, Any]) -> str:
 def _noise_table(value: Mapping[str, Any]) -> str:
     unit = value["unit"]
     title = ["graph", *(f"{deviation:g} {unit}" for deviation in value["deviations"])]
-    body = [
-        [row["graph"], *(errors((one["minADE"], one["minFDE"])) for one in row["scores"])] for row in value["noise"]
-    ]
+    body = [[row["graph"], *(_both_errors(one) for one in row["scores"])] for row in value["noise"]]
     note = (
         f"minADE/minFDE in {unit}; less is better. Normal noise of that standard deviation on each observed position, "
         f"none on the {value['windows']} futures scored against ({', '.join(value['recordings'])})."
     )
     return f"{markdown(title, body, right=title[1:])}\n{note}\n"
+
+
+def _both_errors(scores: Mapping[str, float | None]) -> str:
+    found = [value for name in ("minADE", "minFDE") if (value := scores[name]) is not None]
+    return errors(found) if len(found) == 2 else "–"
 
 
 def _distillation_cells(name: str, row: Mapping[str, Any]) -> list[str]:

@@ -163,7 +163,7 @@ class PPT(Section):
     1/stretch..stretch, log-uniformly, anew in each epoch. ``balance``: windows are drawn from the recordings in
     proportion to their sizes to the power of 1 - balance: 0 as they come, 1 as many from each. ``jitter``: the
     observed positions of half of the windows get normal noise, whose standard deviation in the data's unit is drawn
-    from 0..jitter for each window, anew in each epoch.
+    from 0..jitter for each window, anew in each epoch; what task I is to predict of them is noisy, too.
     """
 
     name: Literal["ppt"]

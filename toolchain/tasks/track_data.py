@@ -47,15 +47,15 @@ FIXED: dict[str, dict[str, Any]] = {
     "eth_ucy": {"unit": "m", "frame_step": 10, "seconds_per_step": 0.4},
     "sdd": {"seconds_per_step": 0.4},
 }
-INTERPOLATED = (
+ETH_STEPS = (
     "the ETH recording biwi_eth is a 10-frame interpolation of 6-frame annotations, as in the literature: people move "
-    "about twice as far a step as in every other scene (data.paces [1, 1.6667] trains for that), and results on the "
-    "6-frame file do not compare"
+    "about twice as far a step as in every other scene (data.paces [1, 1.6667] trains for such steps), and results on "
+    "the 6-frame file do not compare"
 )
-SPARSE = (
-    "{share:.0%} of the steps in the training tracks repeat the one before: positions were interpolated between sparse "
-    "ones, and a network learns to read the future from that. Positions that a camera finds are noisy: to train for "
-    "them, set method.jitter to the standard deviation of the worst"
+INTERPOLATED = (
+    "{share:.0%} of the steps in the training tracks repeat the one before, as where positions were interpolated: a "
+    "network relies on that, and positions that a camera finds are noisy. To train for those, ppt and ppt_student have "
+    "method.jitter, the standard deviation of the noisiest, in {unit}"
 )
 OFTEN = 0.2  # of the steps
 TEST_VALIDATION = (
@@ -142,6 +142,8 @@ class DataSection(Section):
             raise ValueError("metres_per_unit makes metres, but unit is px; set unit: m, or remove metres_per_unit")
         if len(set(self.columns)) < len(self.columns):
             raise ValueError(f"columns: expected four different ones (frame, id, x, y), found {list(self.columns)}")
+        if len(set(self.paces)) < len(self.paces):
+            raise ValueError(f"paces: expected different ones, found {list(self.paces)}; remove what stands twice")
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction leave nothing for training; lower them")
         return self
@@ -151,7 +153,8 @@ def prepare(section: DataSection) -> Data:
     """Read the source and cut its windows. Raises DataError, DownloadError.
 
     Arrays: ``observed`` (N, observe, 2) and ``future`` (N, predict, 2) float32 in ``info["unit"]``, world coordinates;
-    int64 (N,): ``scene``, an index into ``meta["scenes"]``, ``agent``, and ``frame``, the window's first.
+    int64 (N,): ``scene``, an index into ``meta["scenes"]``, ``agent``, and ``frame``, the window's first. Training
+    windows come pace by pace.
     """
     parts, note = READERS[section.source](section)
     info = {key: getattr(section, key) for key in ("source", "unit", "observe", "predict", "seconds_per_step")}
@@ -163,7 +166,7 @@ def prepare(section: DataSection) -> Data:
         more = [f"{len(lost) - NAMED} more recordings with such people"] if len(lost) > NAMED else []
         note = "; ".join([*filter(None, [note]), *lost[:NAMED], *more]) or None
     if section.source != "simulator" and (share := repeated_steps(parts["train"])) > OFTEN:
-        note = "; ".join([*filter(None, [note]), SPARSE.format(share=share)])
+        note = "; ".join([*filter(None, [note]), INTERPOLATED.format(share=share, unit=section.unit)])
     if section.train_samples is not None:
         train = splits["train"]
         if section.train_samples > len(train):
@@ -179,12 +182,15 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
     """The split's windows, what gave how many, and of whom a recording has none, in words."""
     length = section.observe + section.predict
     paces = section.paces if name == "train" else ONE_PACE
-    cuts = [
-        (k, pace, window_rows(r, reach(length, pace), section.stride, section.least_agents))
-        for pace in paces
-        for k, r in enumerate(recordings)
+    cuts: list[tuple[int, float, Integers]] = []
+    for pace in paces:
+        found = [window_rows(r, reach(length, pace), section.stride, section.least_agents) for r in recordings]
+        if not any(map(len, found)):
+            raise DataError(_nothing(section, name, recordings, pace))
+        cuts += [(k, pace, index) for k, index in enumerate(found)]
+    rows = [
+        np.concatenate([index.ravel() for _, _, index in cuts[k :: len(recordings)]]) for k in range(len(recordings))
     ]
-    rows = [np.concatenate([index.ravel() for j, _, index in cuts if j == k]) for k in range(len(recordings))]
     counts = {
         "recordings": len(recordings),
         "recordings_without_window": sum(not len(index) for index in rows),
@@ -192,16 +198,6 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
         "rows": sum(map(len, recordings)),
         "windows": sum(len(index) for _, _, index in cuts),
     }
-    if not counts["windows"]:
-        longest = max((longest_run(r) for r in recordings if len(r)), default=0)
-        rule = " shared by 2 people" if section.least_agents == 2 else ""
-        share = f"raise data.{name}_fraction, " if section.source in MEANT_FOR.get(f"{name}_fraction", ()) else ""
-        raise DataError(
-            f"{section.source}, split {name}: expected a window of {length} steps (data.observe + data.predict){rule}, "
-            f"found none in {', '.join(r.name for r in recordings)}: the longest track without a gap has {longest} at "
-            f"{section.frame_step} frame ids a step; check data.frame_step, lower data.predict or data.stride, {share}"
-            "or give longer recordings"
-        )
     used = [(len(np.unique(r.agent[index])), len(np.unique(index))) for r, index in zip(recordings, rows, strict=True)]
     counts["agents_without_window"] = counts["agents"] - sum(agents for agents, _ in used)
     counts["rows_without_window"] = counts["rows"] - sum(points for _, points in used)
@@ -215,16 +211,32 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
         "frame": np.concatenate([recordings[k].frame[index] for k, index in first]),
     }
     meta = {"unit": section.unit, "seconds_per_step": section.seconds_per_step}
-    lost = [why for r, index in zip(recordings, rows, strict=True) if (why := _lost(section, name, r, index))]
+    steps = reach(length, min(paces))
+    lost = [why for r, index in zip(recordings, rows, strict=True) if (why := _lost(section, name, r, index, steps))]
     return Split(arrays, ("observed",), {"scenes": [r.name for r in recordings], **meta}), counts, lost
 
 
-def _lost(section: DataSection, part: str, recording: Recording, index: Integers) -> str | None:
-    """Of whom ``recording`` has no window; ``index`` are the rows of its windows."""
+def _nothing(section: DataSection, part: str, recordings: Sequence[Recording], pace: float) -> str:
+    """That no recording has a window at ``pace``, and what to do."""
+    longest = max((longest_run(r) for r in recordings if len(r)), default=0)
+    asked = "data.observe + data.predict" + (f", at {pace:g} of data.paces" if pace != 1 else "")
+    rule = " shared by 2 people" if section.least_agents == 2 else ""
+    lower = "data.predict, data.paces or data.stride" if pace > 1 else "data.predict or data.stride"
+    share = f"raise data.{part}_fraction, " if section.source in MEANT_FOR.get(f"{part}_fraction", ()) else ""
+    return (
+        f"{section.source}, split {part}: expected a window of {reach(section.observe + section.predict, pace)} steps "
+        f"({asked}){rule}, found none in {', '.join(r.name for r in recordings)}: the longest track without a gap has "
+        f"{longest} at {section.frame_step} frame ids a step; check data.frame_step, lower {lower}, {share}or give "
+        "longer recordings"
+    )
+
+
+def _lost(section: DataSection, part: str, recording: Recording, index: Integers, steps: int) -> str | None:
+    """Of whom ``recording`` has no window; ``index`` are the rows of its windows, which take ``steps`` at least."""
     people = np.setdiff1d(recording.agent, recording.agent[index])
     if not len(people):
         return None
-    why = f"{section.observe + section.predict} steps without a gap"
+    why = f"{steps} steps without a gap"
     why += f" at stride {section.stride}" if section.stride > 1 else ""
     why += " shared by 2 people" if section.least_agents > 1 else ""
     frames = recording.frame[recording.agent == people[0]]
@@ -265,7 +277,7 @@ def _eth_ucy(section: DataSection) -> tuple[Recordings, str | None]:
         )
     for place in missing:
         fetch(remotes[place].url, root / place, remotes[place].sha256, remotes[place].size)
-    notes = [INTERPOLATED] if section.scene == "eth" else []
+    notes = [ETH_STEPS] if section.scene == "eth" else []
     if other := [str(place) for place, remote in remotes.items() if sha256(root / place) != remote.sha256]:
         notes.append(f"{', '.join(other)} are not the public files: results do not compare with published ones")
     parts = {

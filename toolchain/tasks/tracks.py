@@ -181,14 +181,14 @@ def window_rows(recording: Recording, length: int = 20, stride: int = 1, least_a
 
 
 def reach(steps: int, pace: float) -> int:
-    """How many positions of a track ``steps`` lie among that are ``pace`` time steps apart."""
+    """How many positions of a track lie under ``steps`` that are ``pace`` time steps apart."""
     return math.ceil(round((steps - 1) * pace, 6)) + 1
 
 
 def at_pace(xy: Floats, steps: int, pace: float) -> Floats:
     """Positions ``pace`` time steps apart, linearly interpolated: (N, reach(steps, pace), 2) to (N, steps, 2)."""
     time = np.arange(steps) * pace
-    before = np.minimum(time.astype(np.int64), xy.shape[1] - 1)
+    before = time.astype(np.int64)
     after = np.minimum(before + 1, xy.shape[1] - 1)
     share = (time - before)[:, None]
     found: Floats = xy[:, before] * (1 - share) + xy[:, after] * share
@@ -197,33 +197,37 @@ def at_pace(xy: Floats, steps: int, pace: float) -> Floats:
 
 def longest_run(recording: Recording) -> int:
     """The most consecutive frames that one agent is present in."""
-    order = np.lexsort((recording.frame, recording.agent))
-    same = (np.diff(recording.agent[order]) == 0) & (np.diff(recording.frame[order]) == recording.frame_step)
-    ends = np.flatnonzero(np.append(~same, True))
+    _, steps = _by_agent(recording)
+    ends = np.flatnonzero(np.append(~steps, True))
     return int(np.diff(np.append(-1, ends)).max())
 
 
 def repeated_steps(recordings: Sequence[Recording]) -> float:
     """Share of the steps of people who walk that repeat the one before to 1 %; NaN where nobody walks.
 
-    Where somebody clicked every position, or a camera found it, next to none do; of positions interpolated linearly
-    between sparse ones, most. Who takes less than half of the mean step does not walk.
+    At most .01 in the recordings of ETH/UCY that are noisy, .39 to .54 in those that were interpolated between sparse
+    positions; rounded or smoothed positions repeat steps, too. Who takes less than half of the mean step does not walk.
     """
-    steps = np.concatenate([_steps(recording) for recording in recordings])
+    steps = np.concatenate([_pairs(recording) for recording in recordings])
     length = np.linalg.norm(steps[:, 1], axis=-1)
     walks = length > length.mean() / 2 if len(length) else np.zeros(0, np.bool_)
     change = np.linalg.norm(steps[:, 1] - steps[:, 0], axis=-1)
     return float((change <= 0.01 * length)[walks].mean()) if walks.any() else float("nan")
 
 
-def _steps(recording: Recording) -> Floats:
-    """Every two steps (M, 2, 2) that follow each other."""
+def _by_agent(recording: Recording) -> tuple[Integers, NDArray[np.bool_]]:
+    """Rows agent by agent, by frame; and whether from each but the last to the next is a step of one agent."""
     order = np.lexsort((recording.frame, recording.agent))
-    frame, agent, xy = recording.frame[order], recording.agent[order], recording.xy[order]
-    next_to = (np.diff(agent) == 0) & (np.diff(frame) == recording.frame_step)
-    both = np.flatnonzero(next_to[:-1] & next_to[1:])
-    step = np.diff(xy, axis=0)
-    return np.stack([step[both], step[both + 1]], 1)
+    steps = (np.diff(recording.agent[order]) == 0) & (np.diff(recording.frame[order]) == recording.frame_step)
+    return order, steps
+
+
+def _pairs(recording: Recording) -> Floats:
+    """Every two steps (M, 2, 2) that follow each other."""
+    order, steps = _by_agent(recording)
+    first = np.flatnonzero(steps[:-1] & steps[1:])
+    step = np.diff(recording.xy[order], axis=0)
+    return np.stack([step[first], step[first + 1]], 1)
 
 
 def constant_velocity(observed: Points, predict: int) -> Points:

@@ -48,7 +48,7 @@ class TrajectoryBatches(Batches):
     """Batches of ``track`` float32 (B, T, 2), each in a version drawn anew every epoch.
 
     With ``balance`` (see ``methods.options.PPT``) an epoch has as many windows, drawn with replacement; with ``jitter``
-    the observed positions are noisy, and all are relative to the noisy last one.
+    the observed positions are noisy, and all are relative to the noisy last one; ``stretch`` leaves the noise alone.
 
     ``extra`` adds named float32 arrays (V, N, ...) for the ``count`` V versions that ``versions`` gives. They are not
     stretched, so they and ``stretch`` (see ``methods.options.PPT``) exclude each other.
@@ -84,7 +84,7 @@ class TrajectoryBatches(Batches):
         return self._drawn[1]
 
     def noise_of(self, epoch: int) -> NDArray[np.float32]:
-        """What is added to the observed positions of each sample in ``epoch``, (N, T_o, 2)."""
+        """What is added to the observed positions of each sample in ``epoch``, (N, T_o, 2); 0 in half of them."""
         if self._noise[0] != epoch:
             rng = np.random.default_rng((self.seed, epoch, 4))
             deviation = rng.uniform(-self.jitter, self.jitter, (self.count, 1, 1)).clip(0).astype(np.float32)

@@ -54,7 +54,8 @@ def walks(count: int, seed: int = 0) -> Split:
     heading = rng.uniform(0, 2 * np.pi, (count, 1)) + rng.normal(0, 0.1, (count, 1)) * np.arange(STEPS)
     steps = rng.uniform(0.3, 0.7, (count, 1, 1)) * np.stack([np.cos(heading), np.sin(heading)], -1)
     track = (rng.uniform(-5, 5, (count, 1, 2)) + steps.cumsum(1)).astype(np.float32)
-    return Split({"observed": track[:, :OBSERVE], "future": track[:, OBSERVE:]}, ("observed",), {"scenes": ["walks"]})
+    arrays = {"observed": track[:, :OBSERVE], "future": track[:, OBSERVE:], "scene": np.zeros(count, np.int64)}
+    return Split(arrays, ("observed",), {"scenes": ["walks"]})
 
 
 def data(train: int = 24) -> Data:

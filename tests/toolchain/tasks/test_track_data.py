@@ -295,16 +295,35 @@ def test_training_windows_are_cut_at_every_pace(tmp_path: Path) -> None:
     one = own(tmp_path, paces=[3])
     assert sizes(one)["train"] == 2 * 8
     assert one.info["counts"]["train"]["agents_without_window"] == 1
-    with pytest.raises(ValidationError, match="paces"):
-        DataSection(source="files", path=str(tmp_path), paces=())
+    assert own(tmp_path, paces=[0.5, 3]).info["counts"]["train"]["agents_without_window"] == 0
+    strided = own(tmp_path, paces=[2], stride=2, least_agents=2)
+    assert sizes(strided)["train"] == 2 * 6
+    assert sizes(own(tmp_path, paces=[1, 2], train_samples=7))["train"] == 7
+
+
+def test_a_pace_without_a_window_is_an_error(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        walk(tmp_path / part / "a.txt", agents=2, steps=12)
+    message = (
+        r"files, split train: expected a window of 13 steps \(data.observe \+ data.predict, at 3 of data.paces\), "
+        r"found none in a: the longest track without a gap has 12 .* lower data.predict, data.paces or data.stride"
+    )
+    with pytest.raises(DataError, match=message):
+        own(tmp_path, paces=[1, 3])
+    walk(tmp_path / "train" / "b.txt", agents=1, steps=8)
+    note = own(tmp_path, paces=[2, 2.75]).info["note"]
+    assert note == "train, b: no window of 9 steps without a gap for 1 of 1 people (id 1, frames 0 to 70, is the first)"
+    for paces, fault in (((), "paces"), ((1, 2, 1.0), r"paces: expected different ones, found \[1.0, 2.0, 1.0\]")):
+        with pytest.raises(ValidationError, match=fault):
+            DataSection(source="files", path=str(tmp_path), paces=paces)
 
 
 def test_tracks_between_sparse_positions_are_told(tmp_path: Path) -> None:
     rows = [f"{10 * k} 1 {k} {abs(k % 10 - 5)}" for k in range(60)]
     (tmp_path / "a.txt").write_text("\n".join(rows))
     note = own(tmp_path).info["note"]
-    assert note.startswith("80% of the steps in the training tracks repeat the one before: positions were interpolated")
-    assert "method.jitter" in note
+    assert note.startswith("80% of the steps in the training tracks repeat the one before, as where positions were")
+    assert note.endswith("method.jitter, the standard deviation of the noisiest, in m")
 
 
 def test_sdd_absent_says_what_and_where(tmp_path: Path) -> None:

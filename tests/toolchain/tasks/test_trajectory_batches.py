@@ -87,7 +87,10 @@ def test_a_stretched_window_keeps_its_form(tmp_path: Path, run: Run) -> None:
 
 def test_jitter_moves_what_half_of_the_people_were_seen_to_do_and_leaves_where_they_went(tmp_path: Path) -> None:
     count, paths = 400, np.zeros((1, 400, K, PREDICT, 2), np.float32)
-    plain, noisy = (tiny_run(tmp_path, config(METHOD | jitter)) for jitter in ({}, {"jitter": 0.05}))
+    scale = 20.0
+    plain, noisy = (
+        tiny_run(tmp_path, config(METHOD | jitter, student={"scale": scale})) for jitter in ({}, {"jitter": 0.05})
+    )
     plain.data.splits["train"] = noisy.data.splits["train"] = walks(count)
     before, after = (TrajectoryBatches(run, {"paths": paths}, 1) for run in (plain, noisy))
     index, moved, shifts = np.arange(count), [], []
@@ -99,7 +102,7 @@ def test_jitter_moves_what_half_of_the_people_were_seen_to_do_and_leaves_where_t
         torch.testing.assert_close(
             was["paths"] - found["paths"], shift[:, None].expand(-1, K, -1, -1), rtol=0, atol=1e-4
         )
-        noise = (found["track"] + shift[:, :1] - was["track"])[:, :OBSERVE] / 30
+        noise = (found["track"] + shift[:, :1] - was["track"])[:, :OBSERVE] / scale
         moved.append(noise.abs().amax((1, 2)) > 1e-5)
         deviation = noise[moved[-1]].std(dim=(1, 2))
         assert moved[-1].float().mean() == pytest.approx(0.5, abs=0.08)
