@@ -31,8 +31,8 @@ Deliberate deviations, each a key of the config but for what counts as an epoch:
   reason.
 - ``balance``: small recordings are drawn more often; but for UNIV's turn, 70 to 80 % of ETH/UCY's training windows are
   UNIV's.
-- ``jitter``: half of the windows are seen with noise; three of ETH/UCY's five scenes were interpolated between sparse
-  positions, which tells the network where people will go, and two were not.
+- ``jitter``: half of the windows are seen with noise; the tracks of three of ETH/UCY's five scenes were interpolated
+  between sparse positions, and those of the other two are noisy.
 - ``student.align_heading``: tracks are turned to the observed direction of travel, and predictions back.
 - ``branches``: the path to one further candidate, drawn anew in every step, follows the one that the config's teacher
   predicts for it; the official code leaves the other K - 1 paths without supervision.
