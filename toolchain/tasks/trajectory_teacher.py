@@ -76,8 +76,8 @@ def _finished(folder: Path, section: Any, job: Job) -> tuple[Any, dict[str, floa
         differing.append("the files")
     if differing:
         raise TeacherError(
-            f"teacher.folder {folder}: trained on other data ({', '.join(differing)} differ), so it may have seen this "
-            "run's test split; give a teacher trained on the same data section"
+            f"teacher.folder {folder}: trained on other data ({', '.join(differing)} differ); give a teacher "
+            "trained on the same data section, which never saw this run's test split"
         )
     if trajectory.network_of(manifest.config) != section.student:
         raise TeacherError(

@@ -165,7 +165,7 @@ def selected_by_the_test_split(root: Path, other: Path) -> tuple[Path, dict[str,
         (plain_student, "expected a student of method ppt, found ppt_student"),
         (other_network, "another network than teacher.student says; copy its student section"),
         (selected_by_the_test_split, "trained on other data (scene, source, validation differ)"),
-        (other_data, "trained on other data (seed differ), so it may have seen this run's test split"),
+        (other_data, "trained on other data (seed differ); give a teacher trained on the same data section"),
     ],
 )
 def test_a_folder_that_cannot_teach_here_is_refused(
