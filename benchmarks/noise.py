@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import accuracy
-from benchmarks.accuracy import CHUNK
 from benchmarks.environment import environment
 from benchmarks.formats import score
 from toolchain import artifact
@@ -40,9 +40,9 @@ def noisy(split: Split, deviation: float, seed: int = 0) -> Split:
 
 def scores(model: Runtime, split: Split) -> dict[str, float | None]:
     """See ``toolchain.tasks.trajectory.score``; None is no number."""
-    parts = [model(split.feed(slice(start, start + CHUNK))) for start in range(0, len(split), CHUNK)]
-    outputs = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    return accuracy.score(trajectory, outputs, split)
+    with tempfile.TemporaryDirectory() as folder:
+        accuracy.predict(model, split, accuracy.CHUNK, Path(folder))
+        return accuracy.score(trajectory, accuracy.load_outputs(Path(folder)), split)
 
 
 def measure(folders: Sequence[Path], deviations: Sequence[float] = DEVIATIONS, threads: int = 2) -> dict[str, Any]:

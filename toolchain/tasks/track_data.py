@@ -54,8 +54,8 @@ ETH_STEPS = (
 )
 INTERPOLATED = (
     "{share:.0%} of the steps in the training tracks repeat the one before, as where positions were interpolated: a "
-    "network relies on that, and positions that a camera finds are noisy. To train for those, ppt and ppt_student have "
-    "method.jitter, the standard deviation of the noisiest, in {unit}"
+    "network may rely on that, and positions that a camera finds are noisy. To train for those, ppt and ppt_student "
+    "have method.jitter, the standard deviation of the noisiest, in {unit}"
 )
 OFTEN = 0.2  # of the steps
 TEST_VALIDATION = (
