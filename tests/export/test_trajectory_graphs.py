@@ -10,13 +10,16 @@ import numpy as np
 import pytest
 
 from export.half import COMPUTE, measured
-from export.onnx import call_torch
+from export.onnx import call_torch, export
 from export.precision import run as make_precise
-from tests.toolchain.methods.walks import EXPORT, INFO, OBSERVE, walks
+from export.verify import cpu_call
+from tests.toolchain.methods.walks import EXPORT, INFO, NET, OBSERVE, shaken, walks
 from toolchain import artifact
 from toolchain.runtime import Runtime, load
 from toolchain.stage import Job
 from toolchain.tasks import trajectory
+from toolchain.tasks.trajectory import DEFAULTS, StudentSection
+from toolchain.tasks.trajectory_nets import Ensemble, build
 
 FRAME = ("speed_floor", 0.4), ("align_heading", True), ("depth", 1)
 
@@ -97,3 +100,21 @@ def test_positions_are_read_in_float_where_the_rest_is_int8(root: Path, precisio
     with load(job.out) as model:
         found = model({"observed": walks(3, 7).arrays["observed"]})
     assert np.isfinite(found["trajectories"]).all()
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_an_ensembles_graph_merges_as_torch_does(mirrored: bool, tmp_path: Path) -> None:
+    sections = [
+        StudentSection(model="ppt", **NET),
+        StudentSection(model="ppt", **(NET | {"width": 12}), speed_floor=0.4),
+    ]
+    members = [shaken(build(section, INFO, 0), seed).float() for seed, section in enumerate(sections)]
+    config = {"student": sections[0].model_dump()}
+    ready = trajectory.deploy(Ensemble(members, mirrored=mirrored), config, INFO)
+    export(ready, tmp_path / "model.onnx", 20)
+    found, expected = cpu_call(str(tmp_path / "model.onnx")), call_torch(ready)
+    for count in (1, 7, 64):
+        feeds = {"observed": walks(count, 5).arrays["observed"]}
+        ours, theirs = expected(feeds), found(feeds)
+        for name, value in ours.items():
+            assert np.abs(theirs[name] - value).max() < DEFAULTS["export"]["parity"]["limits"]["fp32"]["max_difference"]

@@ -51,7 +51,7 @@ from toolchain.distiller import Batch, Distiller, Frozen
 from toolchain.loop import Score
 from toolchain.losses import displacement, diversity, nearest
 from toolchain.methods.options import Training
-from toolchain.tasks.trajectory_batches import destination_scorer, next_position_scorer, pieces, scorer
+from toolchain.tasks.trajectory_batches import destination_scorer, next_position_scorer, pieces, scale_of, scorer
 from toolchain.tasks.trajectory_nets import PPT, Destination, Step, shape_of
 from toolchain.train import Run
 
@@ -215,7 +215,7 @@ def distill(cfg: Config, run: Run) -> nn.Module:
 def log_share(run: Run, ppt: PPT) -> Tensor:
     """Logarithm of each candidate's share of the training windows it is nearest to; one is added to every count."""
     counts = torch.ones_like(ppt.log_share)
-    for track in pieces(run, run.data.splits["train"]):
+    for track in pieces(run.data.splits["train"], scale_of(run), run.device):
         _, best = nearest(ppt.destination(track[:, : ppt.shape.observe]), track[:, -1])
         counts += torch.bincount(best, minlength=len(counts))
     return (counts / counts.sum()).log()

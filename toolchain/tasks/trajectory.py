@@ -104,7 +104,9 @@ class TeacherSection(Section):
     are not given are as published, but for the epochs, which are fewer.
 
     ``folder``: the student artifact of a finished run of ``method: ppt``, on the same data and with the same network,
-    instead of a training. ``versions``: in how many of the five versions of PPT's augmentation, drawn for each training
+    instead of a training. ``ensemble``: more such artifacts, of any PPT with as many hypotheses and the same scale; the
+    paths of all are merged into K (see ``trajectory_nets.Ensemble``). ``mirrored``: each of them predicts the mirror
+    image of a track too. ``versions``: in how many of the five versions of PPT's augmentation, drawn for each training
     window, the teacher predicts it for the student.
     """
 
@@ -112,7 +114,14 @@ class TeacherSection(Section):
     method: PPT | None = None
     train: TrainSection | None = None
     folder: str | None = None
+    ensemble: Annotated[tuple[str, ...], Field(exclude_if=lambda value: not value)] = ()
+    mirrored: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     versions: Annotated[int, Field(ge=1, le=5)] = 5
+
+    @property
+    def merges(self) -> bool:
+        """Whether the teacher's paths are those of several PPTs or views."""
+        return bool(self.ensemble) or self.mirrored
 
     @field_validator("method", mode="before")
     @classmethod
@@ -130,6 +139,8 @@ class TeacherSection(Section):
             raise ValueError(f"the teacher is a PPT: expected student.model ppt, found {self.student.model}")
         if self.folder is not None and (self.method or self.train):
             raise ValueError("folder names a finished training: remove method and train, or remove folder")
+        if len({self.folder, *self.ensemble}) <= len(self.ensemble):
+            raise ValueError("ensemble: expected other PPTs than folder's, each once; remove what is named twice")
         if self.method is not None and self.method.branches:
             raise ValueError("method.branches needs a teacher of its own, which a teacher cannot have; set it to 0")
         if self.method is not None and self.method.winners > self.student.hypotheses:
@@ -161,6 +172,9 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
         faults.append((("method", "winners"), _too_many(method, student)))
     if name == "ppt" and bool(method.branches) != (teacher is not None):
         message = "method ppt has a teacher if and only if method.branches is above 0; add or remove one of them"
+        faults.append((("teacher",), message))
+    if name == "ppt" and teacher is not None and teacher.merges:
+        message = "method ppt takes the ways of one PPT; remove ensemble and mirrored, which merge several"
         faults.append((("teacher",), message))
     if name == "ppt_student" and teacher is None and (method.paths or method.destinations or method.features):
         message = "method ppt_student learns from a teacher; add a teacher section, or set"
@@ -206,11 +220,12 @@ def files_state(section: Any) -> str | None:
     """A digest of the user's own files that a section names: when they change, what was made of them is stale."""
     if isinstance(section, DataSection):
         return track_data.files_state(section)
-    if isinstance(section, TeacherSection) and section.folder is not None:
-        from toolchain.artifact import is_whole, read
+    if isinstance(section, TeacherSection):
+        from toolchain.artifact import digest, is_whole, read
 
-        folder = Path(section.folder)
-        return read(folder).id if is_whole(folder) else None
+        named = [name for name in (section.folder, *section.ensemble) if name is not None]
+        states = [read(Path(name)).id for name in named if is_whole(Path(name))]
+        return states[0] if len(named) == 1 and states else digest(states) if states else None
     return None
 
 
@@ -235,7 +250,17 @@ def load_student(folder: Any) -> nn.Module:
     return trajectory_nets.load(folder, network_of(read(folder).config))
 
 
-load_teacher = load_student
+def load_teacher(folder: Any) -> nn.Module:
+    """The network of a teacher artifact: a PPT, or an ``Ensemble`` of several."""
+    from toolchain.artifact import read
+    from toolchain.tasks import trajectory_nets
+
+    manifest = read(folder)
+    section = TeacherSection.model_validate(manifest.config["teacher"])
+    if not section.merges:
+        return load_student(folder)
+    members = [section.student, *map(StudentSection.model_validate, manifest.extra["ensemble"])]
+    return trajectory_nets.load_ensemble(folder, members, section.mirrored)
 
 
 def deploy(model: nn.Module, config: Mapping[str, Any], info: Mapping[str, Any]) -> Any:
@@ -283,4 +308,6 @@ def dry_run(config: Any, data: Data) -> dict[str, str]:
         if section is not None:
             net = trajectory_nets.build(section, data.info, config.seed)
             shown[key] = f"{section.model}, {count_parameters(net):,} parameters, {section.hypotheses} hypotheses"
+    if config.teacher and config.teacher.ensemble:
+        shown["teacher"] += f"; with those of {len(config.teacher.ensemble)} more"
     return shown

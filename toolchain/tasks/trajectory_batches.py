@@ -44,6 +44,11 @@ def versions(tracks: NDArray[np.float32], count: int = len(VERSIONS), seed: int 
     return found
 
 
+def scale_of(run: Run) -> float:
+    """What the tracks of a run are multiplied by."""
+    return float(run.cfg.student.scale_of(run.data.info["unit"]))
+
+
 class TrajectoryBatches(Batches):
     """Batches of ``track`` float32 (B, T, 2), each in a version drawn anew every epoch.
 
@@ -57,7 +62,7 @@ class TrajectoryBatches(Batches):
     def __init__(self, run: Run, extra: Mapping[str, Array] | None = None, count: int = len(VERSIONS)) -> None:
         train = run.data.splits["train"]
         super().__init__(len(train), run.cfg.train.batch_size, self.gather, seed=run.cfg.seed)
-        self.scale = run.cfg.student.scale_of(run.data.info["unit"])
+        self.scale = scale_of(run)
         self.observe = int(run.data.info["observe"])
         arrays = {"track": versions(normalised(train, self.scale), count)} | dict(extra or {})
         self.versions, self.stretch = count, float(getattr(run.cfg.method, "stretch", 1.0))
@@ -109,45 +114,49 @@ class TrajectoryBatches(Batches):
         return batch
 
 
-def pieces(run: Run, split: Split) -> Iterator[Tensor]:
-    """The tracks of a split in order, (B, T, 2) on the run's device."""
-    tracks = normalised(split, run.cfg.student.scale_of(run.data.info["unit"]))
-    size = EVALUATION_BATCH.get(run.device.type, 1024)
+def pieces(split: Split, scale: float, device: torch.device) -> Iterator[Tensor]:
+    """The tracks of a split in order, scaled, (B, T, 2) on ``device``."""
+    tracks = normalised(split, scale)
+    size = EVALUATION_BATCH.get(device.type, 1024)
     for start in range(0, len(tracks), size):
-        yield torch.from_numpy(tracks[start : start + size]).to(run.device)
+        yield torch.from_numpy(tracks[start : start + size]).to(device)
 
 
-def predict(run: Run, split: Split, call: Callable[[Tensor], tuple[Tensor, ...]]) -> list[Array]:
+def predict(
+    split: Split, scale: float, device: torch.device, call: Callable[[Tensor], tuple[Tensor, ...]]
+) -> list[Array]:
     """What ``call`` gives for the observed positions (B, T_o, 2) of a split, concatenated."""
-    observe = int(run.data.info["observe"])
+    observe = split.arrays["observed"].shape[1]
     with torch.inference_mode():
-        found = [tuple(value.cpu().numpy() for value in call(track[:, :observe])) for track in pieces(run, split)]
+        found = [
+            tuple(value.cpu().numpy() for value in call(track[:, :observe])) for track in pieces(split, scale, device)
+        ]
     return [np.concatenate(parts) for parts in zip(*found, strict=True)]
+
+
+def scores(module: nn.Module, split: Split, scale: float, device: torch.device, task: Any) -> dict[str, float]:
+    """The task's metrics of a network that ships, in the data's unit."""
+    paths, logits = predict(split, scale, device, module.eval())
+    observed: Array = np.asarray(split.arrays["observed"])
+    outputs: Arrays = {"trajectories": observed[:, None, -1:] + paths / scale, "probability": logits}
+    found: dict[str, float] = task.score(outputs, split)
+    return found
 
 
 def scorer(run: Run, name: str = "val") -> Callable[[nn.Module], dict[str, float]]:
     """A function that scores a network that ships on a split with the task's metrics, in the data's unit."""
-    split, scale = run.data.splits[name], run.cfg.student.scale_of(run.data.info["unit"])
-    observed: Array = np.asarray(split.arrays["observed"])
-
-    def score(module: nn.Module) -> dict[str, float]:
-        module.eval()
-        paths, logits = predict(run, split, module)
-        outputs: Arrays = {"trajectories": observed[:, None, -1:] + paths / scale, "probability": logits}
-        scores: dict[str, float] = run.task.score(outputs, split)
-        return scores
-
-    return score
+    split, scale = run.data.splits[name], scale_of(run)
+    return lambda module: scores(module, split, scale, run.device, run.task)
 
 
 def next_position_scorer(run: Run, name: str = "val") -> Callable[[nn.Module], dict[str, float]]:
     """Mean L2 error of every next position on a split, in the data's unit: what task I is selected by."""
-    split, scale = run.data.splits[name], run.cfg.student.scale_of(run.data.info["unit"])
+    split, scale = run.data.splits[name], scale_of(run)
 
     @torch.inference_mode()
     def score(module: nn.Module) -> dict[str, float]:
         module.eval()
-        found = [(module(track[:, :-1]) - track[:, 1:]).norm(dim=-1) for track in pieces(run, split)]
+        found = [(module(track[:, :-1]) - track[:, 1:]).norm(dim=-1) for track in pieces(split, scale, run.device)]
         return {"next_position": float(torch.cat(found).mean()) / scale}
 
     return score
@@ -155,12 +164,12 @@ def next_position_scorer(run: Run, name: str = "val") -> Callable[[nn.Module], d
 
 def destination_scorer(run: Run, name: str = "val") -> Callable[[nn.Module], dict[str, float]]:
     """minFDE and meanFDE of a destination predictor on a split, in the data's unit: what task II is selected by."""
-    split, scale = run.data.splits[name], run.cfg.student.scale_of(run.data.info["unit"])
+    split, scale = run.data.splits[name], scale_of(run)
     target = normalised(split, 1.0)[:, -1:]
 
     def score(module: nn.Module) -> dict[str, float]:
         module.eval()
-        (candidates,) = predict(run, split, lambda observed: (module(observed),))
+        (candidates,) = predict(split, scale, run.device, lambda observed: (module(observed),))
         found = np.linalg.norm(candidates / scale - target, axis=-1)
         return {"minFDE": float(found.min(1).mean()), "meanFDE": float(found.mean())}
 

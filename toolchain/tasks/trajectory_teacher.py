@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toolchain.artifact import ArtifactError, EdgestillError, create, is_whole, read, verify, versions
+from toolchain.artifact import ArtifactError, EdgestillError, Manifest, create, is_whole, read, verify, versions
 from toolchain.checkpoint import save_tensors
 from toolchain.config import validate
 from toolchain.stage import Job, console, progress
 from toolchain.tasks import load_data, trajectory, unit_of
 from toolchain.tasks.backbones import WEIGHTS
 from toolchain.tasks.nets import count_parameters
-from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, normalised
+from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, normalised, scores
 from toolchain.tasks.trajectory_batches import versions as versions_of
+from toolchain.tasks.trajectory_nets import Ensemble
 
 FIELDS = ("paths", "feature")
 
@@ -28,7 +29,7 @@ class TeacherError(EdgestillError):
 
 
 def teach(job: Job) -> None:
-    """Stage ``teacher``: train the PPT of the teacher section, or copy a finished one's weights."""
+    """Stage ``teacher``: train the PPT of the teacher section, or copy a finished one's weights; and of an ensemble."""
     from accelerate import PartialState
 
     from toolchain.distill import train_student
@@ -36,8 +37,15 @@ def teach(job: Job) -> None:
 
     section = trajectory.TeacherSection.model_validate(job.config["teacher"])
     data = load_data(job.inputs["data"])
+    members = [_member(Path(folder), section, job) for folder in section.ensemble]
     if section.folder is not None:
-        net, val, log, stages = _finished(Path(section.folder), section, job)
+        manifest = _finished("folder", Path(section.folder), job)
+        if trajectory.network_of(manifest.config) != section.student:
+            raise TeacherError(
+                f"teacher.folder {section.folder}: another network than teacher.student says; copy its student section"
+            )
+        net, val = trajectory.load_student(section.folder), manifest.metrics["val"]
+        log, stages = _log(Path(section.folder)), manifest.extra.get("stages", [])
     else:
         config = {key: job.config[key] for key in ("seed", "task", "data")}
         inner = section.model_dump(mode="json", include={"student", "method", "train"}, exclude_none=True)
@@ -46,6 +54,11 @@ def teach(job: Job) -> None:
         net, val, log, stages = trained.student, trained.val, read_metrics(trained.run), trained.run.records
     if not PartialState().is_main_process:
         return
+    if section.merges:
+        net = Ensemble([net, *map(trajectory.load_student, section.ensemble)], mirrored=section.mirrored)  # type: ignore[list-item]
+        device = PartialState().device
+        scale = section.student.scale_of(data.info["unit"])
+        val = scores(net.to(device), data.splits["val"], scale, device, trajectory)
     with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
         save_tensors(draft.path / WEIGHTS, net.state_dict())
         if log:
@@ -53,39 +66,54 @@ def teach(job: Job) -> None:
         draft.metrics = {"val": val}
         draft.versions = versions("torch", "accelerate", "safetensors", "numpy")
         draft.extra = {"info": data.info, "parameters": count_parameters(net), "stages": stages}
+        if section.merges:
+            draft.extra["ensemble"] = [member.model_dump(mode="json") for member in members]
     unit = unit_of(trajectory, data.info)
     shown = ", ".join(f"{name} {value:.{trajectory.DIGITS}f} {unit}" for name, value in list(val.items())[:2])
     console.print(f"    teacher: {count_parameters(net):,} parameters, validation {shown}", markup=False)
 
 
-def _finished(folder: Path, section: Any, job: Job) -> tuple[Any, dict[str, float], str, list[Any]]:
-    """A finished PPT, after checking that it is one, of this network, and never saw this run's test split."""
+def _finished(key: str, folder: Path, job: Job) -> Manifest:
+    """Of a finished PPT, after checking that it is one and never saw this run's test split."""
     if not is_whole(folder):
         raise TeacherError(
-            f"teacher.folder: expected the student folder of a run of method ppt, found nothing whole at {folder}"
+            f"teacher.{key}: expected the student folder of a run of method ppt, found nothing whole at {folder}"
         )
     manifest = verify(folder)
     found = (manifest.config.get("method") or {}).get("name")
     if found != "ppt":
-        raise TeacherError(
-            f"teacher.folder {folder}: expected a student of method ppt, found {found or manifest.stage}"
-        )
+        raise TeacherError(f"teacher.{key} {folder}: expected a student of method ppt, found {found or manifest.stage}")
     ours, theirs = job.config["data"], manifest.config["data"]
     differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
     if job.config.get("files", {}).get("data") and manifest.inputs["data"]["id"] != read(job.inputs["data"]).id:
         differing.append("the files")
     if differing:
         raise TeacherError(
-            f"teacher.folder {folder}: trained on other data ({', '.join(differing)} differ); give a teacher "
+            f"teacher.{key} {folder}: trained on other data ({', '.join(differing)} differ); give a teacher "
             "trained on the same data section, which never saw this run's test split"
         )
-    if trajectory.network_of(manifest.config) != section.student:
-        raise TeacherError(
-            f"teacher.folder {folder}: another network than teacher.student says; copy its student section"
-        )
+    return manifest
+
+
+def _member(folder: Path, teacher: Any, job: Job) -> Any:
+    """The network of a further PPT of the ensemble, after checking that its paths can be merged."""
+    found = trajectory.network_of(_finished("ensemble", folder, job).config)
+    unit = load_data(job.inputs["data"]).info["unit"]
+    for what, ours, theirs in (
+        ("hypotheses", teacher.student.hypotheses, found.hypotheses),
+        ("scale", teacher.student.scale_of(unit), found.scale_of(unit)),
+    ):
+        if ours != theirs:
+            raise TeacherError(
+                f"teacher.ensemble {folder}: expected the {what} of teacher.student, {ours:g}, found {theirs:g}; "
+                "its paths cannot be merged with the others"
+            )
+    return found
+
+
+def _log(folder: Path) -> str:
     path = folder / "train.jsonl"
-    log = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return trajectory.load_student(folder), manifest.metrics["val"], log, manifest.extra.get("stages", [])
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def predictions(job: Job) -> None:
@@ -110,7 +138,7 @@ def predictions(job: Job) -> None:
                 for start in range(0, count, size):
                     observed = torch.from_numpy(tracks[version, start : start + size, :observe]).to(device)
                     feature = net.destination.feature(observed)  # type: ignore[operator, union-attr]
-                    paths = net.paths(observed, net.destination.candidates(feature, observed))  # type: ignore[operator, union-attr]
+                    paths, _ = net(observed)
                     files["paths"][version, start : start + size] = paths.cpu().numpy()
                     files["feature"][version, start : start + size] = feature.cpu().numpy()
                     bar.advance(len(observed))

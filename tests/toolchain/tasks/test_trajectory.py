@@ -93,6 +93,8 @@ def test_networks_that_make_no_sense_are_refused(keys: dict[str, Any], message: 
         ({"train": {"processes": 2}}, "processes"),
         ({"student": {"model": "ppt", "hypotheses": 5}, "method": {"winners": 6}}, "at most the 5 hypotheses, found 6"),
         ({"versions": 6}, "versions"),
+        ({"folder": "runs/a/student", "ensemble": ["runs/a/student"]}, "remove what is named twice"),
+        ({"ensemble": ["runs/a/student", "runs/a/student"]}, "remove what is named twice"),
     ],
 )
 def test_teachers_that_make_no_sense_are_refused(keys: dict[str, Any], message: str) -> None:
@@ -132,6 +134,7 @@ def fault(path: Path, *overrides: str) -> str:
         ("ppt", ["method.winners=21"], "method.winners", "at most the 20 hypotheses, found 21"),
         ("ppt", ["method.branches=1"], "teacher", "if and only if method.branches is above 0"),
         ("ppt", ["teacher.folder=runs/a/student"], "teacher", "if and only if method.branches is above 0"),
+        ("ppt", ["method.branches=1", "teacher.mirrored=true"], "teacher", "takes the ways of one PPT; remove ens"),
         ("trajectory_demo", ["teacher=null"], "teacher", "or set paths, destinations and features to 0"),
         ("trajectory_demo", ["student.hypotheses=6"], "student.hypotheses", "the teacher's 20 hypotheses, found 6"),
         ("trajectory_demo", ["student.scale=10"], "student.scale", "the teacher's scale 30, found 10"),
@@ -197,3 +200,14 @@ def test_the_state_of_a_teachers_folder_follows_it(tmp_path: Path) -> None:
             (draft.path / "file").write_text(text)
         assert trajectory.files_state(section) == artifact.read(tmp_path / "student").id
     assert trajectory.files_state(TeacherSection()) is None
+
+
+def test_the_state_of_an_ensembles_folders_follows_each(tmp_path: Path) -> None:
+    section = TeacherSection(folder=str(tmp_path / "a"), ensemble=[str(tmp_path / "b")])
+    states = set()
+    for name, text in (("a", "1"), ("b", "1"), ("b", "2"), ("a", "2")):
+        artifact.remove(tmp_path / name)
+        with artifact.create(tmp_path / name, stage="student", config={}) as draft:
+            (draft.path / "file").write_text(text)
+        states.add(trajectory.files_state(section))
+    assert len(states) == 4

@@ -18,7 +18,9 @@ from toolchain import artifact
 from toolchain.artifact import ArtifactError
 from toolchain.distill import run as distil
 from toolchain.stage import Job
-from toolchain.tasks import trajectory
+from toolchain.tasks import load_data, trajectory
+from toolchain.tasks.trajectory_batches import normalised, versions
+from toolchain.tasks.trajectory_nets import Ensemble
 from toolchain.tasks.trajectory_teacher import TeacherError, load_predictions
 
 TEACHER: dict[str, Any] = {
@@ -186,3 +188,73 @@ def test_a_teacher_of_files_that_have_changed_is_refused(other: Path, tmp_path: 
     with pytest.raises(TeacherError, match=r"trained on other data \(the files differ\)"):
         trajectory.teacher(changed)
     trajectory.teacher(dataclasses.replace(changed, inputs={"data": other / "data"}))
+
+
+# --- an ensemble
+
+
+def ensemble(other: Path, **keys: Any) -> dict[str, Any]:
+    return {"folder": str(other / "student"), "student": TEACHER["student"], **keys}
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory, other: Path) -> Path:
+    """Another finished run of method ppt on the data of ``other``, of another network."""
+    folder: Path = tmp_path_factory.mktemp("more")
+    (folder / "data").symlink_to(other / "data")
+    return finished(folder, student={"model": "ppt", **NET, "width": 12, "speed_floor": 0.3}, seed=3)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_an_ensemble_teaches_with_the_merged_paths_of_all(
+    other: Path, more: Path, tmp_path: Path, mirrored: bool
+) -> None:
+    write_data(tmp_path / "data")
+    keys = ensemble(other, ensemble=[str(more)], mirrored=mirrored, versions=1)
+    made = made_of(tmp_path, **keys)
+    net: Any = trajectory.load_teacher(made)
+    first, second = (trajectory.load_student(folder) for folder in (other / "student", more))
+    assert same(weights(net.members[0]), weights(first))
+    assert same(weights(net.members[1]), weights(second))
+    manifest = artifact.verify(made)
+    assert manifest.extra["parameters"] == sum(parameter.numel() for parameter in net.parameters())
+    assert [section["width"] for section in manifest.extra["ensemble"]] == [12]
+    ours, theirs = manifest.metrics["val"], artifact.read(other / "student").metrics["val"]
+    assert ours.keys() == theirs.keys()
+    assert ours != theirs
+    inputs = {"data": tmp_path / "data", "teacher": made}
+    trajectory.predictions(Job("predictions", tmp_path / "predictions", sections(**keys), inputs))
+    found = load_predictions(tmp_path / "predictions", tmp_path / "data", sections(**keys))
+    observed = torch.from_numpy(versions(normalised(load_data(tmp_path / "data").splits["train"], 30.0), 1)[0])
+    with torch.no_grad():
+        paths, _ = Ensemble([first, second], mirrored=mirrored).eval()(observed[:, :OBSERVE])  # type: ignore[list-item]
+        own, _ = first(observed[:, :OBSERVE])
+    np.testing.assert_allclose(found["paths"][0], paths.numpy(), atol=1e-3)
+    assert np.abs(found["paths"][0] - own.numpy()).max() > 0.01
+    np.testing.assert_allclose(
+        found["feature"][0],
+        first.destination.feature(observed[:, :OBSERVE]).detach(),
+        atol=1e-4,  # type: ignore[union-attr, operator]
+    )
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ({"hypotheses": 3}, "expected the hypotheses of teacher.student, 4, found 3; its paths cannot be merged"),
+        ({"scale": 10.0}, "expected the scale of teacher.student, 30, found 10; its paths cannot be merged"),
+        (None, "teacher.ensemble: expected the student folder of a run of method ppt, found nothing whole at"),
+    ],
+)
+def test_a_member_that_cannot_be_merged_is_refused_before_anything_trains(
+    network: dict[str, Any] | None, message: str, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("toolchain.distill.train_student", lambda *_: pytest.fail("trained"))
+    write_data(tmp_path / "data")
+    folder = tmp_path / "student"
+    if network is not None:
+        config = {"method": {"name": "ppt"}, "data": sections()["data"], "student": {"model": "ppt", **NET} | network}
+        with artifact.create(folder, stage="student", config=config):
+            pass
+    with pytest.raises(TeacherError, match=re.escape(message)):
+        made_of(tmp_path, **TEACHER, ensemble=[str(folder)])
