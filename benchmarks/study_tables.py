@@ -22,7 +22,8 @@ QUESTIONS = {
     "unseen_f1": "F1, languages not trained on",
     "tydiqa_f1": "TyDiQA F1",
 }
-TEST_SELECTED, VALIDATED = "test_selected_", "val_"  # what metrics that are not of the test split begin with
+# What metrics begin with that are not the student's on the test split.
+TEST_SELECTED, VALIDATED, TEACHER = "test_selected_", "val_", "teacher_"
 TEST = "test"
 PAIRED_NOTE = (
     "F1 in percent. One question is one sample: its translations, and the seeds, are averaged first. Interval and p: "
@@ -185,11 +186,16 @@ def trajectory_tables(groups: Methods, split: str = TEST) -> str:
         for method in _methods(groups)
     ]
     mean = [_method_cells(groups, method, columns, averaged, ("meanADE", "meanFDE")) for method in _methods(groups)]
-    best, habit, mean = ([row for row in rows if {*row[1:-1]} != {"–"}] for rows in (best, habit, mean))
+    taught = [
+        _method_cells(groups, method, columns, averaged, (f"{TEACHER}minADE", f"{TEACHER}minFDE"))
+        for method in _methods(groups)
+    ]
+    best, habit, taught, mean = ([row for row in rows if {*row[1:-1]} != {"–"}] for rows in (best, habit, taught, mean))
     habit = [[f"{name} (test-selected)", *cells] for name, *cells in habit]
+    taught = [[f"{name} (its teacher)", *cells] for name, *cells in taught]
     unit = "in metres" if scenes == columns else "in the unit of the data"
     parts = [
-        markdown(title, [*references, *best, *habit], right=title[1:]),
+        markdown(title, [*references, *best, *taught, *habit], right=title[1:]),
         (
             f"minADE/minFDE on the {split} split, {unit}: least of the K paths, each for itself; less is better. Mean "
             f"over seeds, ± sd over seeds.{' AVG: plain mean of the five scenes.' if averaged else ''}\n"

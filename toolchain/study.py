@@ -273,7 +273,7 @@ def work_off(job: Job) -> None:
 
     data = load_data(job.inputs["data"])
     inputs = {name: artifact.read(path).id for name, path in job.inputs.items()}
-    failures = []
+    failures, taught = [], None
     for number, item in enumerate(job.config["runs"], start=1):
         cfg = validate(item["config"])
         start = time.perf_counter()
@@ -287,6 +287,7 @@ def work_off(job: Job) -> None:
         selects = validates_on_test(cfg)
         test = _tested(trained, job.out.parent / "samples", name)
         test = {f"test_selected_{name}" if selects else name: value for name, value in test.items()}
+        taught = _teachers(trained) if taught is None else taught
         validated = {f"val_{name}": value for name, value in trained.val.items()}
         if job.config["keep"]:
             place = Path(job.config["keep"]) / f"{item['dataset']}-{item['method']}-{item['seed']}"
@@ -296,7 +297,7 @@ def work_off(job: Job) -> None:
             "method": item["method"],
             "dataset": item["dataset"],
             "seed": item["seed"],
-            "metrics": test if selects else test | validated | selected(trained.run.records),
+            "metrics": test if selects else test | validated | taught | selected(trained.run.records),
             "parameters": sum(p.numel() for p in trained.student.parameters()),
             "config_sha256": item["sha256"],
             "inputs": inputs,
@@ -340,6 +341,14 @@ def _tested(trained: Trained, samples: Path, name: str) -> dict[str, float]:
     samples.mkdir(parents=True, exist_ok=True)
     artifact.write_json(samples / f"{name}.json", each)
     return {name: float(value) for name, value in scores.items()}
+
+
+def _teachers(trained: Trained) -> dict[str, float]:
+    """``teacher_<metric>``: the teacher's scores on the test split, where the task can tell them; a group shares it."""
+    task, run = trained.run.task, trained.run
+    if not hasattr(task, "teacher_scores") or run.cfg.teacher is None:
+        return {}
+    return {f"teacher_{name}": float(value) for name, value in task.teacher_scores(run, "test").items()}
 
 
 def device() -> str:

@@ -75,6 +75,18 @@ def test_test_selected_scores_stand_in_rows_of_their_own() -> None:
     assert any(line.startswith("(test-selected): the epoch") for line in found)
 
 
+def test_a_teachers_scores_stand_in_a_row_below_its_students() -> None:
+    student = row("zara1", "student", 0, 0.21)
+    student["metrics"] |= {"teacher_minADE": 0.2, "teacher_minFDE": 0.4}
+    found = lines([row("zara1", "ppt", 0, 0.3, selected=0.25), student])
+    assert found[4:8] == [
+        "| ppt | .300/.600 | 1 |",
+        "| student | .210/.420 | 1 |",
+        "| student (its teacher) | .200/.400 | 1 |",
+        "| ppt (test-selected) | .250/.500 | 1 |",
+    ]
+
+
 def test_a_method_that_the_test_split_selected_has_no_row_among_the_others() -> None:
     selected = row("zara1", "habit", 0, 9, selected=0.17)
     selected["metrics"] = {name: value for name, value in selected["metrics"].items() if "selected" in name}

@@ -158,6 +158,7 @@ def worked_off(path: Path, monkeypatch: pytest.MonkeyPatch, **task: Any) -> dict
         records=[{"watched": {"test": {"scores": {"minADE": 9.0}}}}, {"watched": watched}],
         scorer=lambda split: lambda student: {"minADE": 0.3456, "minFDE": 1.0},
         task=SimpleNamespace(DIGITS=3, **task),
+        cfg=SimpleNamespace(teacher="there"),
     )
     student = SimpleNamespace(parameters=list)
     monkeypatch.setattr(
@@ -186,6 +187,14 @@ def test_what_a_training_watched_is_in_its_row(
     }
     assert "minADE 0.346, minFDE 1.000" in capsys.readouterr().err
     assert study.selected([]) == study.selected([{"epochs": 3}]) == {}
+
+
+def test_the_teachers_scores_are_in_the_row_where_the_task_can_tell_them(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = worked_off(path, monkeypatch, teacher_scores=lambda run, split: {"minADE": {"test": 0.2}[split]})
+    assert scored["metrics"]["teacher_minADE"] == 0.2
+    assert next(iter(scored["metrics"])) == "minADE", "tables go by the first"
 
 
 def test_what_the_test_split_selected_is_never_called_anything_else(

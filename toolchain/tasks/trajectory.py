@@ -298,6 +298,14 @@ def scorer(run: Any, split: str = "val") -> Any:
     return trajectory_batches.scorer(run, split)
 
 
+def teacher_scores(run: Any, split: str) -> dict[str, float]:
+    """The teacher's metrics on a split of a run's data: what a student can be held against."""
+    from toolchain.tasks import trajectory_batches
+
+    scored = trajectory_batches.scorer(run, split)(load_teacher(run.inputs["teacher"]).to(run.device))
+    return dict(scored)
+
+
 def dry_run(config: Any, data: Data) -> dict[str, str]:
     """Build the networks, which runs two tracks through each, and describe them."""
     from toolchain.tasks import trajectory_nets

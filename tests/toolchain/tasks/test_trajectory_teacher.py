@@ -133,6 +133,12 @@ def test_a_finished_ppt_teaches_without_training(root: Path, other: Path, tmp_pa
     assert (made / "train.jsonl").read_text() == (other / "student" / "train.jsonl").read_text()
 
 
+def test_the_teachers_scores_are_those_of_its_paths(root: Path, tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, config({"name": "ppt_student"}, teacher=TEACHER), {"teacher": root / "teacher"})
+    assert trajectory.teacher_scores(run, "val") == pytest.approx(artifact.read(root / "teacher").metrics["val"])
+    assert trajectory.teacher_scores(run, "test") != trajectory.teacher_scores(run, "val")
+
+
 def nothing(root: Path, other: Path) -> tuple[Path, dict[str, Any]]:
     return root / "missing", TEACHER["student"]
 
