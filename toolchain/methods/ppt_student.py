@@ -1,8 +1,9 @@
 """A finished PPT teaches a network small enough for a camera, hypothesis by hypothesis. Ours.
 
 The teacher's K paths p, its destination feature g and its numbering of the hypotheses are computed once for every
-training window in each of the five versions of PPT's augmentation. With the student's paths s, its feature f and its
-logits l, and the true path y, all in the scaled unit:
+training window in each of the five versions of PPT's augmentation; of an ensemble p are the merged paths, and g and the
+numbering the first PPT's. With the student's paths s, its feature f and its logits l, and the true path y, all in the
+scaled unit:
 
 L = w_paths        * mean_{k,t} |s_kt - p_kt|                 full trajectories
   + w_destinations * mean_k |s_kT - p_kT|                     destinations

@@ -311,8 +311,7 @@ class Ensemble(nn.Module):
     The first member's paths are the first centres, so the K keep its numbering. In each of ``ROUNDS`` every path
     belongs to centre k by softmax_k(-SHARPNESS (d_k / min_j d_j)^2), d_k the distance between their ends, and a centre
     becomes the mean of the paths that belong to it. The softmax is for export: rounding in another runtime moves no
-    path to another centre. With ``mirrored`` each member also predicts the mirror
-    image of a track.
+    path to another centre. With ``mirrored`` each member also predicts the mirror image of a track.
     """
 
     mirror: Tensor
