@@ -206,6 +206,8 @@ def trajectory_tables(groups: Methods, split: str = TEST) -> str:
             "(test-selected): the epoch of the last training, with the official protocol of all of them, was chosen on "
             "the test split, as published numbers are; that flatters, and serves only to compare with them.\n"
         )
+    if taught:
+        parts.append("(its teacher): what taught the student, scored as the student is.\n")
     if references:
         sources = [f"{row['method']}: {row['source']}" for row in known["rows"]]
         parts.append(f"{'; '.join(sources)}.\n")

@@ -85,6 +85,8 @@ def test_a_teachers_scores_stand_in_a_row_below_its_students() -> None:
         "| student (its teacher) | .200/.400 | 1 |",
         "| ppt (test-selected) | .250/.500 | 1 |",
     ]
+    assert any(line.startswith("(its teacher): what taught") for line in found)
+    assert "(its teacher)" not in "\n".join(lines([row("zara1", "ppt", 0, 0.3)]))
 
 
 def test_a_method_that_the_test_split_selected_has_no_row_among_the_others() -> None:
