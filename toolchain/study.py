@@ -281,13 +281,13 @@ def work_off(job: Job) -> None:
         folder = job.work / name
         try:
             trained = train_student(cfg, data, job.inputs, folder, job.work / "shared")
+            selects, seconds = validates_on_test(cfg), round(time.perf_counter() - start, 1)
+            taught = _teachers(trained) if taught is None and not selects else taught
         except EdgestillError as error:
             failures.append(f"{item['method']} seed {item['seed']}: {error}")
             continue
-        selects = validates_on_test(cfg)
         test = _tested(trained, job.out.parent / "samples", name)
         test = {f"test_selected_{name}" if selects else name: value for name, value in test.items()}
-        taught = _teachers(trained) if taught is None else taught
         validated = {f"val_{name}": value for name, value in trained.val.items()}
         if job.config["keep"]:
             place = Path(job.config["keep"]) / f"{item['dataset']}-{item['method']}-{item['seed']}"
@@ -297,14 +297,14 @@ def work_off(job: Job) -> None:
             "method": item["method"],
             "dataset": item["dataset"],
             "seed": item["seed"],
-            "metrics": test if selects else test | validated | taught | selected(trained.run.records),
+            "metrics": test if selects else test | validated | (taught or {}) | selected(trained.run.records),
             "parameters": sum(p.numel() for p in trained.student.parameters()),
             "config_sha256": item["sha256"],
             "inputs": inputs,
             "commit": job.config["commit"],
             "device": device(),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "seconds": round(time.perf_counter() - start, 1),
+            "seconds": seconds,
             "protocol": job.config["protocol"],
         }
         with Path(job.config["results"]).open("a", encoding="utf-8") as file:

@@ -151,14 +151,23 @@ def test_names_of_only_are_checked(path: Path, only: str, words: str) -> None:
         study.rows(path)
 
 
-def worked_off(path: Path, monkeypatch: pytest.MonkeyPatch, **task: Any) -> dict[str, Any]:
+def worked_off(
+    path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str | None = "there", **task: Any
+) -> dict[str, Any]:
     """The row of a run that is not trained; its samples lie in ``samples`` beside the study."""
+    return all_worked_off(path, monkeypatch, 1, teacher, **task)[0]
+
+
+def all_worked_off(
+    path: Path, monkeypatch: pytest.MonkeyPatch, count: int, teacher: str | None = "there", **task: Any
+) -> list[dict[str, Any]]:
+    """The rows of ``count`` runs of one group."""
     watched = {"test": {"epoch": 5, "scores": {"selection": 1.9, "minADE": 0.31, "minFDE": 0.97}}}
     run = SimpleNamespace(
         records=[{"watched": {"test": {"scores": {"minADE": 9.0}}}}, {"watched": watched}],
         scorer=lambda split: lambda student: {"minADE": 0.3456, "minFDE": 1.0},
         task=SimpleNamespace(DIGITS=3, **task),
-        cfg=SimpleNamespace(teacher="there"),
+        cfg=SimpleNamespace(teacher=teacher),
     )
     student = SimpleNamespace(parameters=list)
     monkeypatch.setattr(
@@ -169,10 +178,10 @@ def worked_off(path: Path, monkeypatch: pytest.MonkeyPatch, **task: Any) -> dict
     shared, results = path.parent / "shared", path.parent / "r.jsonl"
     with create(shared / "data", stage="data", config={}):
         pass
-    study.work_off(study._job(declared, shared, rows[:1], results))
-    (row,) = map(json.loads, results.read_text().splitlines())
-    assert row["inputs"] == {"data": read(shared / "data").id}
-    return dict(row)
+    study.work_off(study._job(declared, shared, rows[:count], results))
+    found = [dict(json.loads(line)) for line in results.read_text().splitlines()]
+    assert all(row["inputs"] == {"data": read(shared / "data").id} for row in found)
+    return found
 
 
 def test_what_a_training_watched_is_in_its_row(
@@ -195,6 +204,36 @@ def test_the_teachers_scores_are_in_the_row_where_the_task_can_tell_them(
     scored = worked_off(path, monkeypatch, teacher_scores=lambda run, split: {"minADE": {"test": 0.2}[split]})
     assert scored["metrics"]["teacher_minADE"] == 0.2
     assert next(iter(scored["metrics"])) == "minADE", "tables go by the first"
+
+
+def test_a_group_scores_its_teacher_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def scores(run: Any, split: str) -> dict[str, float]:
+        asked.append(split)
+        return {"minADE": 0.2}
+
+    rows = all_worked_off(path, monkeypatch, 2, teacher_scores=scores)
+    assert [row["metrics"]["teacher_minADE"] for row in rows] == [0.2, 0.2]
+    assert asked == ["test"]
+
+
+@pytest.mark.parametrize(("teacher", "selects"), [(None, False), ("there", True)])
+def test_a_teacher_is_not_scored_where_there_is_none_or_the_test_split_selects(
+    teacher: str | None, selects: bool, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "validates_on_test", lambda config: selects)
+    row = worked_off(path, monkeypatch, teacher, teacher_scores=lambda *_: pytest.fail("scored"))
+    assert not [name for name in row["metrics"] if "teacher" in name]
+
+
+def test_a_teacher_that_cannot_be_scored_is_named_and_leaves_no_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def scores(run: Any, split: str) -> dict[str, float]:
+        raise ArtifactError("teacher: changed since it was written")
+
+    with pytest.raises(EdgestillError, match="plain seed 0: teacher: changed since it was written"):
+        worked_off(path, monkeypatch, teacher_scores=scores)
+    assert not (path.parent / "r.jsonl").exists()
 
 
 def test_what_the_test_split_selected_is_never_called_anything_else(

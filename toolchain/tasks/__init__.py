@@ -18,6 +18,7 @@ may offer
 - ``totals(outputs, split) -> Arrays``: over the whole test split, kept with the outputs of the samples shown;
 - ``figures(split, outputs) -> [(title, png)]`` for the report, outputs by ``student`` and maybe ``teacher``;
 - ``save_student(model, folder)``: further files of a student's artifact;
+- ``teacher_scores(run, split) -> {metric: value}``: of a run's teacher, for a study's rows;
 - ``examined(run, model) -> (scores, {part: {sample: score}})`` on the test split, for a study's paired tests;
 
 and, importing torch only inside, ``student(config, info)``, ``deploy(model, config, info)`` and a function for each

@@ -139,7 +139,8 @@ class TeacherSection(Section):
             raise ValueError(f"the teacher is a PPT: expected student.model ppt, found {self.student.model}")
         if self.folder is not None and (self.method or self.train):
             raise ValueError("folder names a finished training: remove method and train, or remove folder")
-        if len({self.folder, *self.ensemble}) <= len(self.ensemble):
+        named = [Path(name).resolve() for name in (self.folder, *self.ensemble) if name is not None]
+        if len(set(named)) < len(named):
             raise ValueError("ensemble: expected other PPTs than folder's, each once; remove what is named twice")
         if self.method is not None and self.method.branches:
             raise ValueError("method.branches needs a teacher of its own, which a teacher cannot have; set it to 0")
@@ -316,6 +317,8 @@ def dry_run(config: Any, data: Data) -> dict[str, str]:
         if section is not None:
             net = trajectory_nets.build(section, data.info, config.seed)
             shown[key] = f"{section.model}, {count_parameters(net):,} parameters, {section.hypotheses} hypotheses"
-    if config.teacher and config.teacher.ensemble:
-        shown["teacher"] += f"; with those of {len(config.teacher.ensemble)} more"
+    if config.teacher and config.teacher.merges:
+        others = [f"those of {len(config.teacher.ensemble)} more"] if config.teacher.ensemble else []
+        others += ["those for the mirror image"] if config.teacher.mirrored else []
+        shown["teacher"] += f"; its paths merged with {' and '.join(others)}"
     return shown

@@ -37,7 +37,8 @@ def teach(job: Job) -> None:
 
     section = trajectory.TeacherSection.model_validate(job.config["teacher"])
     data = load_data(job.inputs["data"])
-    members = [_member(Path(folder), section, job) for folder in section.ensemble]
+    unit = data.info["unit"]
+    members = [_member(Path(folder), section, job, unit) for folder in section.ensemble]
     if section.folder is not None:
         manifest = _finished("folder", Path(section.folder), job)
         if trajectory.network_of(manifest.config) != section.student:
@@ -57,7 +58,7 @@ def teach(job: Job) -> None:
     if section.merges:
         net = Ensemble([net, *map(trajectory.load_student, section.ensemble)], mirrored=section.mirrored)  # type: ignore[list-item]
         device = PartialState().device
-        scale = section.student.scale_of(data.info["unit"])
+        scale = section.student.scale_of(unit)
         val = scores(net.to(device), data.splits["val"], scale, device, trajectory)
     with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:
         save_tensors(draft.path / WEIGHTS, net.state_dict())
@@ -68,8 +69,8 @@ def teach(job: Job) -> None:
         draft.extra = {"info": data.info, "parameters": count_parameters(net), "stages": stages}
         if section.merges:
             draft.extra["ensemble"] = [member.model_dump(mode="json") for member in members]
-    unit = unit_of(trajectory, data.info)
-    shown = ", ".join(f"{name} {value:.{trajectory.DIGITS}f} {unit}" for name, value in list(val.items())[:2])
+    metres = unit_of(trajectory, data.info)
+    shown = ", ".join(f"{name} {value:.{trajectory.DIGITS}f} {metres}" for name, value in list(val.items())[:2])
     console.print(f"    teacher: {count_parameters(net):,} parameters, validation {shown}", markup=False)
 
 
@@ -95,10 +96,9 @@ def _finished(key: str, folder: Path, job: Job) -> Manifest:
     return manifest
 
 
-def _member(folder: Path, teacher: Any, job: Job) -> Any:
+def _member(folder: Path, teacher: Any, job: Job, unit: str) -> Any:
     """The network of a further PPT of the ensemble, after checking that its paths can be merged."""
     found = trajectory.network_of(_finished("ensemble", folder, job).config)
-    unit = load_data(job.inputs["data"]).info["unit"]
     for what, ours, theirs in (
         ("hypotheses", teacher.student.hypotheses, found.hypotheses),
         ("scale", teacher.student.scale_of(unit), found.scale_of(unit)),
@@ -106,7 +106,7 @@ def _member(folder: Path, teacher: Any, job: Job) -> Any:
         if ours != theirs:
             raise TeacherError(
                 f"teacher.ensemble {folder}: expected the {what} of teacher.student, {ours:g}, found {theirs:g}; "
-                "its paths cannot be merged with the others"
+                "its paths cannot be merged with the others; remove it, or train it anew with that"
             )
     return found
 

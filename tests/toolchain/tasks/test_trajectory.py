@@ -9,7 +9,7 @@ import pytest
 from toolchain import artifact
 from toolchain.config import load, validate
 from toolchain.faults import ConfigError
-from toolchain.tasks import Split, load_task, trajectory
+from toolchain.tasks import Data, Split, load_task, trajectory
 from toolchain.tasks.trajectory import StudentSection, TeacherSection
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -95,6 +95,7 @@ def test_networks_that_make_no_sense_are_refused(keys: dict[str, Any], message: 
         ({"versions": 6}, "versions"),
         ({"folder": "runs/a/student", "ensemble": ["runs/a/student"]}, "remove what is named twice"),
         ({"ensemble": ["runs/a/student", "runs/a/student"]}, "remove what is named twice"),
+        ({"folder": "runs/a/student", "ensemble": ["./runs/a/student/"]}, "remove what is named twice"),
     ],
 )
 def test_teachers_that_make_no_sense_are_refused(keys: dict[str, Any], message: str) -> None:
@@ -154,6 +155,16 @@ def test_faults_between_sections_name_the_key_and_the_remedy(
 def test_a_scale_written_out_is_the_default_one() -> None:
     assert load(DEMO, ["student.scale=30"]).student.scale_of("m") == 30
     assert load(DEMO, ["student.scale=10", "teacher.student.scale=10"])
+
+
+def test_a_dry_run_tells_an_ensemble() -> None:
+    found = Data({}, {"observe": 8, "predict": 12, "unit": "m"})
+    assert "merged" not in trajectory.dry_run(load(DEMO), found)["teacher"]
+    both = load(DEMO, ["teacher.ensemble=[runs/a/student]", "teacher.mirrored=true"])
+    words = "20 hypotheses; its paths merged with those of 1 more and those for the mirror image"
+    assert trajectory.dry_run(both, found)["teacher"].endswith(words)
+    mirrored = load(DEMO, ["teacher.mirrored=true"])
+    assert trajectory.dry_run(mirrored, found)["teacher"].endswith("merged with those for the mirror image")
 
 
 def test_without_its_weights_a_student_needs_no_teacher() -> None:

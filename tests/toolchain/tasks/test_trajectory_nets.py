@@ -296,7 +296,7 @@ def test_the_published_shape_has_2_435_630_parameters() -> None:
     assert sum(p.numel() for p in build(section, INFO, 0).parameters()) == 2_435_630
 
 
-# --- the student
+# --- the ensemble
 
 
 class Says(nn.Module):
@@ -359,7 +359,7 @@ def test_a_centre_without_paths_stays_finite_and_keeps_its_place() -> None:
 
 def test_a_mirrored_ensemble_also_asks_for_the_mirror_image() -> None:
     paths, _ = merged(says((9.0, 3.0), (6.0, -9.0)), mirrored=True)
-    torch.testing.assert_close(paths, says((9.0, 3.0), (6.0, -9.0)).paths, msg="mirrored back")
+    torch.testing.assert_close(paths, says((9.0, 3.0), (6.0, -9.0)).paths)
 
     class Biased(Says):
         def forward(self, observed: Tensor) -> tuple[Tensor, Tensor]:
@@ -368,6 +368,9 @@ def test_a_mirrored_ensemble_also_asks_for_the_mirror_image() -> None:
     straight = says((1.0, 9.0), (2.0, -9.0))
     paths, _ = merged(Biased(straight.paths, straight.log_share), mirrored=True)
     torch.testing.assert_close(paths[:, -1], torch.tensor([[0.0, 9.0], [0.0, -9.0]]), atol=1e-3, rtol=0)
+
+
+# --- the student
 
 
 def test_one_shot_reads_every_observed_point_for_every_path() -> None:

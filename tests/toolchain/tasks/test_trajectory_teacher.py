@@ -235,13 +235,33 @@ def test_an_ensemble_teaches_with_the_merged_paths_of_all(
     with torch.no_grad():
         paths, _ = Ensemble([first, second], mirrored=mirrored).eval()(observed[:, :OBSERVE])  # type: ignore[list-item]
         own, _ = first(observed[:, :OBSERVE])
+        feature = net.members[0].destination.feature(observed[:, :OBSERVE])
+    np.testing.assert_allclose(found["feature"][0], feature.numpy(), atol=1e-4)
     np.testing.assert_allclose(found["paths"][0], paths.numpy(), atol=1e-3)
     assert np.abs(found["paths"][0] - own.numpy()).max() > 0.01
-    np.testing.assert_allclose(
-        found["feature"][0],
-        first.destination.feature(observed[:, :OBSERVE]).detach(),
-        atol=1e-4,  # type: ignore[union-attr, operator]
-    )
+
+
+def test_a_teacher_trained_here_leads_an_ensemble(root: Path, more: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(root / "data")
+    net: Any = trajectory.load_teacher(made_of(tmp_path, **TEACHER, ensemble=[str(more)]))
+    assert same(weights(net.members[0]), weights(trajectory.load_teacher(root / "teacher")))
+    assert same(weights(net.members[1]), weights(trajectory.load_student(more)))
+    assert not net.mirrored
+
+
+def test_one_ppt_and_its_mirror_image_are_an_ensemble(other: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(other / "data")
+    made = made_of(tmp_path, **ensemble(other, mirrored=True))
+    net: Any = trajectory.load_teacher(made)
+    assert (len(net.members), net.mirrored) == (1, True)
+    assert artifact.read(made).extra["ensemble"] == []
+
+
+def test_a_member_trained_on_other_data_is_refused(other: Path, tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    foreign = finished(tmp_path, data={"source": "simulator", "seed": 4})
+    with pytest.raises(TeacherError, match=re.escape(f"teacher.ensemble {foreign}: trained on other data (seed")):
+        made_of(tmp_path, **ensemble(other, ensemble=[str(foreign)]))
 
 
 @pytest.mark.parametrize(
