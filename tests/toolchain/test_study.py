@@ -227,7 +227,9 @@ def test_a_teacher_is_not_scored_where_there_is_none_or_the_test_split_selects(
     assert not [name for name in row["metrics"] if "teacher" in name]
 
 
-def test_a_teacher_that_cannot_be_scored_is_named_and_leaves_no_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_that_cannot_be_scored_is_named_and_leaves_no_row(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def scores(run: Any, split: str) -> dict[str, float]:
         raise ArtifactError("teacher: changed since it was written")
 
