@@ -180,19 +180,15 @@ def trajectory_tables(groups: Methods, split: str = TEST) -> str:
     averaged = known["columns"] if scenes == known["columns"] else []
     title = ["method", *(name.upper() for name in columns), *(["AVG"] if averaged else []), "seeds"]
     references = [_reference_cells(row, columns, averaged) for row in known["rows"]] if scenes and split == TEST else []
-    best = [_method_cells(groups, method, columns, averaged, ("minADE", "minFDE")) for method in _methods(groups)]
-    habit = [
-        _method_cells(groups, method, columns, averaged, (f"{TEST_SELECTED}minADE", f"{TEST_SELECTED}minFDE"))
-        for method in _methods(groups)
-    ]
-    mean = [_method_cells(groups, method, columns, averaged, ("meanADE", "meanFDE")) for method in _methods(groups)]
-    taught = [
-        _method_cells(groups, method, columns, averaged, (f"{TEACHER}minADE", f"{TEACHER}minFDE"))
-        for method in _methods(groups)
-    ]
-    best, habit, taught, mean = ([row for row in rows if {*row[1:-1]} != {"–"}] for rows in (best, habit, taught, mean))
-    habit = [[f"{name} (test-selected)", *cells] for name, *cells in habit]
-    taught = [[f"{name} (its teacher)", *cells] for name, *cells in taught]
+
+    def rows(whose: str, *metrics: str) -> list[list[str]]:
+        """Of the methods that have ``metrics``, which are ADE and FDE; ``whose`` they are stands behind the name."""
+        found = [_method_cells(groups, method, columns, averaged, metrics) for method in _methods(groups)]
+        return [[name + whose, *cells, seeds] for name, *cells, seeds in found if {*cells} != {"–"}]
+
+    best, mean = rows("", "minADE", "minFDE"), rows("", "meanADE", "meanFDE")
+    habit = rows(" (test-selected)", f"{TEST_SELECTED}minADE", f"{TEST_SELECTED}minFDE")
+    taught = rows(" (its teacher)", f"{TEACHER}minADE", f"{TEACHER}minFDE")
     unit = "in metres" if scenes == columns else "in the unit of the data"
     parts = [
         markdown(title, [*references, *best, *taught, *habit], right=title[1:]),
@@ -221,7 +217,7 @@ def _methods(groups: Methods) -> list[str]:
 
 
 def _method_cells(
-    groups: Methods, method: str, columns: Sequence[str], averaged: Sequence[str], metrics: tuple[str, str]
+    groups: Methods, method: str, columns: Sequence[str], averaged: Sequence[str], metrics: Sequence[str]
 ) -> list[str]:
     values = {
         dataset: {

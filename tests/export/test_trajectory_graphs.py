@@ -19,7 +19,8 @@ from toolchain.runtime import Runtime, load
 from toolchain.stage import Job
 from toolchain.tasks import trajectory
 from toolchain.tasks.trajectory import DEFAULTS, StudentSection
-from toolchain.tasks.trajectory_nets import Ensemble, build
+from toolchain.tasks.trajectory_ensemble import Ensemble
+from toolchain.tasks.trajectory_nets import build
 
 FRAME = ("speed_floor", 0.4), ("align_heading", True), ("depth", 1)
 

@@ -105,7 +105,7 @@ class TeacherSection(Section):
 
     ``folder``: the student artifact of a finished run of ``method: ppt``, on the same data and with the same network,
     instead of a training. ``ensemble``: more such artifacts, of any PPT with as many hypotheses and the same scale; the
-    paths of all are merged into K (see ``trajectory_nets.Ensemble``). ``mirrored``: each of them predicts the mirror
+    paths of all are merged into K (see ``trajectory_ensemble``). ``mirrored``: each of them predicts the mirror
     image of a track too. ``versions``: in how many of the five versions of PPT's augmentation, drawn for each training
     window, the teacher predicts it for the student.
     """
@@ -254,14 +254,14 @@ def load_student(folder: Any) -> nn.Module:
 def load_teacher(folder: Any) -> nn.Module:
     """The network of a teacher artifact: a PPT, or an ``Ensemble`` of several."""
     from toolchain.artifact import read
-    from toolchain.tasks import trajectory_nets
+    from toolchain.tasks import trajectory_ensemble
 
     manifest = read(folder)
     section = TeacherSection.model_validate(manifest.config["teacher"])
     if not section.merges:
         return load_student(folder)
     members = [section.student, *map(StudentSection.model_validate, manifest.extra["ensemble"])]
-    return trajectory_nets.load_ensemble(folder, members, section.mirrored)
+    return trajectory_ensemble.load(folder, members, section.mirrored)
 
 
 def deploy(model: nn.Module, config: Mapping[str, Any], info: Mapping[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from toolchain.tasks.backbones import WEIGHTS
 from toolchain.tasks.nets import count_parameters
 from toolchain.tasks.trajectory_batches import EVALUATION_BATCH, normalised, scores
 from toolchain.tasks.trajectory_batches import versions as versions_of
-from toolchain.tasks.trajectory_nets import Ensemble
+from toolchain.tasks.trajectory_ensemble import Ensemble
 
 FIELDS = ("paths", "feature")
 
@@ -137,8 +137,7 @@ def predictions(job: Job) -> None:
             for version in range(len(tracks)):
                 for start in range(0, count, size):
                     observed = torch.from_numpy(tracks[version, start : start + size, :observe]).to(device)
-                    feature = net.destination.feature(observed)  # type: ignore[operator, union-attr]
-                    paths, _ = net(observed)
+                    paths, _, feature = net.with_feature(observed)  # type: ignore[operator]
                     files["paths"][version, start : start + size] = paths.cpu().numpy()
                     files["feature"][version, start : start + size] = feature.cpu().numpy()
                     bar.advance(len(observed))

@@ -20,7 +20,7 @@ from toolchain.distill import run as distil
 from toolchain.stage import Job
 from toolchain.tasks import load_data, trajectory
 from toolchain.tasks.trajectory_batches import normalised, versions
-from toolchain.tasks.trajectory_nets import Ensemble
+from toolchain.tasks.trajectory_ensemble import Ensemble
 from toolchain.tasks.trajectory_teacher import TeacherError, load_predictions
 
 TEACHER: dict[str, Any] = {
