@@ -22,8 +22,10 @@ class Ensemble(nn.Module):
 
     The first member's paths are the first centres, so the K keep its numbering. In each of ``ROUNDS`` every path
     belongs to centre k by softmax_k(-SHARPNESS (d_k / min_j d_j)^2), d_k the distance between their ends, and a centre
-    becomes the mean of the paths that belong to it. The softmax is for export: rounding in another runtime moves no
-    path to another centre. With ``mirrored`` each member also predicts the mirror image of a track.
+    becomes the mean of the paths that belong to it, each as heavy as it is probable: a mean over the ways people take,
+    not over the hypotheses, which stand closer together than people where few walk. The softmax is for export:
+    rounding in another runtime moves no path to another centre. With ``mirrored`` each member also predicts the mirror
+    image of a track.
     """
 
     mirror: Tensor
@@ -47,15 +49,15 @@ class Ensemble(nn.Module):
             turned = [member(observed * self.mirror) for member in self.members]
             found += [(paths * self.mirror, logits) for paths, logits in turned]
         paths = torch.cat([paths for paths, _ in found], 1)
-        chances = torch.cat([logits.softmax(-1) for _, logits in found], 1) / len(found)
+        chances = torch.cat([logits.softmax(-1) for _, logits in found], 1)[:, None] / len(found)
         centres = found[0][0]
         for _ in range(self.ROUNDS):
             squared = (paths[:, :, None, -1] - centres[:, None, :, -1]).square().sum(-1)
             least = squared.amin(-1, keepdim=True).clamp(min=TINY)
-            share = (-self.SHARPNESS * squared / least).softmax(-1).transpose(1, 2)
+            share = (-self.SHARPNESS * squared / least).softmax(-1).transpose(1, 2) * chances
             sums = (share @ paths.flatten(2)).view_as(centres)
             centres = (sums + TINY * centres) / (share.sum(-1)[..., None, None] + TINY)
-        return centres, (share @ chances[..., None])[..., 0].clamp(min=TINY).log(), feature
+        return centres, share.sum(-1).clamp(min=TINY).log(), feature
 
 
 def load(folder: Path | str, sections: Sequence[Any], mirrored: bool) -> nn.Module:

@@ -49,10 +49,17 @@ def test_an_ensemble_of_the_same_says_the_same() -> None:
 
 
 def test_paths_that_end_nearby_become_their_mean_in_the_first_members_order() -> None:
+    paths, chances = merged(says((9.0, 3.0), (6.0, -9.0)), says((6.0, -8.0), (10.0, 3.0)))
+    torch.testing.assert_close(paths, says((9.5, 3.0), (6.0, -8.5)).paths, atol=1e-3, rtol=0)
+    torch.testing.assert_close(chances, torch.tensor([0.5, 0.5]), atol=1e-3, rtol=0)
+
+
+def test_a_path_is_as_heavy_as_it_is_probable() -> None:
     paths, chances = merged(
         says((9.0, 3.0), (6.0, -9.0), share=[0.8, 0.2]), says((6.0, -8.0), (10.0, 3.0), share=[0.4, 0.6])
     )
-    torch.testing.assert_close(paths, says((9.5, 3.0), (6.0, -8.5)).paths, atol=1e-3, rtol=0)
+    ends = (9.0 * 0.8 + 10.0 * 0.6) / 1.4, (-9.0 * 0.2 - 8.0 * 0.4) / 0.6
+    torch.testing.assert_close(paths, says((ends[0], 3.0), (6.0, ends[1])).paths, atol=1e-3, rtol=0)
     torch.testing.assert_close(chances, torch.tensor([0.7, 0.3]), atol=1e-3, rtol=0)
 
 
