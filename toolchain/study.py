@@ -344,11 +344,16 @@ def _tested(trained: Trained, samples: Path, name: str) -> dict[str, float]:
 
 
 def _teachers(trained: Trained) -> dict[str, float]:
-    """``teacher_<metric>``: the teacher's scores on the test split, where the task can tell them; a group shares it."""
+    """``teacher_<metric>`` and ``val_teacher_<metric>``: the teacher's scores on the test and the validation split,
+    where the task can tell them; a group shares them."""
     task, run = trained.run.task, trained.run
     if not hasattr(task, "teacher_scores") or run.cfg.teacher is None:
         return {}
-    return {f"teacher_{name}": float(value) for name, value in task.teacher_scores(run, "test").items()}
+    return {
+        f"{prefix}teacher_{name}": float(value)
+        for split, prefix in (("test", ""), ("val", "val_"))
+        for name, value in task.teacher_scores(run, split).items()
+    }
 
 
 def device() -> str:

@@ -201,8 +201,10 @@ def test_what_a_training_watched_is_in_its_row(
 def test_the_teachers_scores_are_in_the_row_where_the_task_can_tell_them(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scored = worked_off(path, monkeypatch, teacher_scores=lambda run, split: {"minADE": {"test": 0.2}[split]})
-    assert scored["metrics"]["teacher_minADE"] == 0.2
+    scored = worked_off(
+        path, monkeypatch, teacher_scores=lambda run, split: {"minADE": {"test": 0.2, "val": 0.3}[split]}
+    )
+    assert (scored["metrics"]["teacher_minADE"], scored["metrics"]["val_teacher_minADE"]) == (0.2, 0.3)
     assert next(iter(scored["metrics"])) == "minADE", "tables go by the first"
 
 
@@ -215,7 +217,7 @@ def test_a_group_scores_its_teacher_once(path: Path, monkeypatch: pytest.MonkeyP
 
     rows = all_worked_off(path, monkeypatch, 2, teacher_scores=scores)
     assert [row["metrics"]["teacher_minADE"] for row in rows] == [0.2, 0.2]
-    assert asked == ["test"]
+    assert asked == ["test", "val"]
 
 
 @pytest.mark.parametrize(("teacher", "selects"), [(None, False), ("there", True)])
