@@ -22,10 +22,9 @@ class Ensemble(nn.Module):
 
     The first member's paths are the first centres, so the K keep its numbering. In each of ``ROUNDS`` every path
     belongs to centre k by softmax_k(-SHARPNESS (d_k / min_j d_j)^2), d_k the distance between their ends, and a centre
-    becomes the mean of the paths that belong to it, each as heavy as it is probable: a mean over the ways people take,
-    not over the hypotheses, which stand closer together than people where few walk. The softmax is for export:
-    rounding in another runtime moves no path to another centre. With ``mirrored`` each member also predicts the mirror
-    image of a track.
+    becomes the mean of the paths that belong to it, each as heavy as it is probable: many hypotheses are for what few
+    people do. The softmax is for export: rounding in another runtime moves no path to another centre. With
+    ``mirrored`` each member also predicts the mirror image of a track.
     """
 
     mirror: Tensor
