@@ -89,6 +89,14 @@ def test_a_teachers_scores_stand_in_a_row_below_its_students() -> None:
     assert "(its teacher)" not in "\n".join(lines([row("zara1", "ppt", 0, 0.3)]))
 
 
+def test_a_teachers_validation_scores_stand_in_the_table_of_that_split() -> None:
+    student = row("zara1", "student", 0, 0.21)
+    student["metrics"] |= {"teacher_minADE": 0.2, "teacher_minFDE": 0.4, "val_minADE": 0.31, "val_minFDE": 0.61}
+    student["metrics"] |= {"val_teacher_minADE": 0.3, "val_teacher_minFDE": 0.6}
+    found = study_tables.study_table([student], split="validation").splitlines()
+    assert found[2:4] == ["| student | .310/.610 | 1 |", "| student (its teacher) | .300/.600 | 1 |"]
+
+
 def test_a_method_that_the_test_split_selected_has_no_row_among_the_others() -> None:
     selected = row("zara1", "habit", 0, 9, selected=0.17)
     selected["metrics"] = {name: value for name, value in selected["metrics"].items() if "selected" in name}
