@@ -29,6 +29,7 @@ from toolchain.tasks.tracks import Recording, read_tracks
 
 Floats = NDArray[np.float32]
 WARM_UP = 10  # calls that are not counted
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 LEAST = 6  # calls that a median can be told from
 INK, GREY, TRUTH, PATH, TOP = "#1d2733", "#c9d0d8", "#2f8f4e", "#0b6fa4", "#8457aa"
 
@@ -177,6 +178,8 @@ def chosen(frames: Sequence[Frame], wanted: int | None, steps: int) -> Frame:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.out.suffix.lower() not in PICTURES:
+        raise UsageError(f"--out {arguments.out}: expected a picture ({', '.join(PICTURES)}); name another")
     with load(arguments.folder, threads=arguments.threads) as model:
         steps = steps_of(model, arguments.folder)
         if arguments.tracks is None:
@@ -200,6 +203,13 @@ def positive(text: str) -> int:
     return value
 
 
+def metres(text: str) -> float:
+    value = float(text)
+    if not 0 < value < np.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Predict where everyone in view walks next.")
     parser.add_argument("folder", type=Path, help="an onnx or engine folder of a run of task trajectory")
@@ -207,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("paths.png"), help="the picture (default: paths.png)")
     parser.add_argument("--frame", type=int, help="the frame to draw (default: the one with the most pedestrians)")
     parser.add_argument("--frame-step", type=positive, default=10, help="frame ids between two positions (default: 10)")
-    parser.add_argument("--metres-per-unit", type=float, default=1.0, help="makes metres of x and y (default: 1)")
+    parser.add_argument("--metres-per-unit", type=metres, default=1.0, help="makes metres of x and y (default: 1)")
     parser.add_argument("--threads", type=positive, default=1, help="threads of ONNX Runtime (default: 1)")
     arguments = parser.parse_args(argv)
     try:

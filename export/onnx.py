@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -203,9 +204,11 @@ def prove_batches(
 
 
 def weights_in(model: onnx.ModelProto) -> int:
-    """Elements of the floating-point initializers."""
+    """Elements of the floating-point initializers; what stands in the graph twice (an ensemble's second view of a
+    track) counts once."""
     kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
-    return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer if tensor.data_type in kinds)
+    found = [tensor for tensor in model.graph.initializer if tensor.data_type in kinds]
+    return sum({(tuple(t.dims), onnx.numpy_helper.to_array(t).tobytes()): int(np.prod(t.dims)) for t in found}.values())
 
 
 def call_torch(ready: Deployable) -> Callable[[Mapping[str, NDArray[Any]]], Arrays]:

@@ -236,17 +236,30 @@ def inputs_of(folders: Mapping[str, Path]) -> dict[str, dict[str, str]]:
     return {role: {"path": str(folder), "id": read(folder).id} for role, folder in sorted(folders.items())}
 
 
+def check_place(folder: Path, stage: str) -> None:
+    """That an artifact of ``stage`` may be written here: on nothing, or in place of one of that stage."""
+    if is_whole(folder):
+        found = read(folder).stage
+        if found != stage:
+            raise ArtifactError(
+                f"{folder}: expected nothing, or an earlier artifact of stage {stage}, found one of stage {found}; "
+                "choose another --out, or remove it"
+            )
+    elif folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
+        raise ArtifactError(f"{folder}: exists and is no edgestill artifact; choose another --out or remove it")
+
+
 @contextmanager
 def create(
     folder: Path | str, *, stage: str, config: Mapping[str, Any], inputs: Mapping[str, Path] | None = None
 ) -> Iterator[Draft]:
     """Write an artifact atomically: nothing is at ``folder`` until all of it is.
 
-    An artifact already there is replaced; on an exception the draft is removed and ``folder`` is as it was.
+    An artifact of the same stage that is already there is replaced; on an exception the draft is removed and
+    ``folder`` is as it was.
     """
     folder = Path(folder)
-    if folder.exists() and not is_whole(folder) and any(folder.iterdir() if folder.is_dir() else [folder]):
-        raise ArtifactError(f"{folder}: exists and is no edgestill artifact; choose another --out or remove it")
+    check_place(folder, stage)
     draft_path = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left_over in [*folder.parent.glob(f".{folder.name}.*.tmp"), *folder.parent.glob(f".{folder.name}.*.old")]:

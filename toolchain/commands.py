@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from toolchain.faults import ConfigError, allowed
 from toolchain.pipeline import Pipeline, human_bytes, lock, perform, resumable
 from toolchain.section import Section
 from toolchain.stage import Job, console
-from toolchain.tasks import load_task
+from toolchain.tasks import defaults_of, load_task
 
 INCOMPLETE = 3
 REPORT_FILES = ("report.html", "report.md", "summary.json")
@@ -55,7 +56,7 @@ def run(
         outcome = work.run(last)
     if last:
         folder = root / last
-        console.print(f"next: edgestill export {folder}", markup=False)
+        console.print(f"next: {shlex.join(['edgestill', 'export', str(folder)])}", markup=False)
         return outcome.as_dict() | {"student": describe(folder)}
     publish(root)
     measured = failures(bench_result(root / "bench")["rows"])
@@ -128,21 +129,22 @@ def export(student: Path, precision: str, overrides: Sequence[str], out: Path | 
     data = _beside(student, data, "data")
     task = manifest.config["task"]
     _refuse_precisions("export", overrides, "give --precision")
-    settings = _settings(student.parent, "export", task, overrides)
+    settings = _settings(student.parent, "export", task, overrides, manifest.config.get("data"))
     base = "onnx-teacher" if manifest.stage == "teacher" else "onnx"
     fp32 = student.parent / base if precision != "fp32" or out is None else out
     exact = {key: settings[key] for key in ("opset", "parity")}
     config = {"task": task, "which": manifest.stage, "export": exact}
-    _make("export.onnx", Job(fp32.name, fp32, config, {"model": student, "data": data}))
+    _make("export.onnx", Job(base, fp32, config, {"model": student, "data": data}))
     folder = fp32
     if precision != "fp32":
         folder = out or student.parent / f"{base}-{precision}"
         rest = {key: value for key, value in settings.items() if key != "precisions"}
         config = {"task": task, "precision": precision, "export": rest}
-        _make("export.precision", Job(folder.name, folder, config, {"onnx": fp32, "data": data}))
-    bench = f"edgestill bench {folder}"
+        _make("export.precision", Job(f"{base}-{precision}", folder, config, {"onnx": fp32, "data": data}))
+    place = shlex.quote(str(folder))
+    bench = f"edgestill bench {place}"
     console.print(
-        f"next: {bench}" if precision == "int8-cpu" else f"next: edgestill compile {folder}\n  or: {bench}",
+        f"next: {bench}" if precision == "int8-cpu" else f"next: edgestill compile {place}\n  or: {bench}",
         markup=False,
     )
     return folder
@@ -176,7 +178,7 @@ def compile(
         config = {"compile": settings, "targets": [name]}
         _make("export.engine", Job(folder.name, folder, config, {"onnx": onnx}))
         folders.append(folder)
-    console.print(f"next: edgestill bench {' '.join(map(str, [onnx, *folders]))}", markup=False)
+    console.print(f"next: {shlex.join(['edgestill', 'bench', *map(str, [onnx, *folders])])}", markup=False)
     return folders
 
 
@@ -197,7 +199,7 @@ def bench(folders: Sequence[Path], overrides: Sequence[str], out: Path, data: Pa
     else:
         console.print("no data artifact at hand (--data DIR): latency only, no accuracy", style="yellow")
     settings = _settings(folders[0].resolve().parent, "bench", task, overrides)
-    job = Job(out.name, out, {"task": task, "bench": settings, "failed": {}}, inputs)
+    job = Job("bench", out, {"task": task, "bench": settings, "failed": {}}, inputs)
     perform("benchmarks.bench", job)
     if show:
         _show_table(out / "bench.json")
@@ -218,6 +220,8 @@ def report(root: Path, *, show: bool) -> dict[str, Any]:
     cfg = _run_config(root)
     if cfg is None:
         raise UsageError(f"{root}: expected the folder of a run, found no config.json in it")
+    if not artifact.is_whole(root / "bench"):
+        raise UsageError(f"{root}: nothing was measured there yet; let edgestill run finish first")
     bench_manifest = artifact.read(root / "bench")
     closing = pipeline.measure(cfg, pipeline.plan(cfg), bench_manifest.config.get("failed", {}))
     stage = closing[-1]
@@ -356,21 +360,24 @@ def _refuse_precisions(key: str, overrides: Sequence[str], remedy: str) -> None:
         raise UsageError(f"--set {found[0]}: one precision is made here; {remedy}")
 
 
-def _settings(root: Path, key: str, task: str | None, overrides: Sequence[str]) -> dict[str, Any]:
+def _settings(
+    root: Path, key: str, task: str | None, overrides: Sequence[str], data: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """A section of the run's config, or outside a run what ``task`` has for it by default; then ``overrides``."""
     cfg = _run_config(root)
     section = Config.model_fields[key].annotation
     assert isinstance(section, type)
     assert issubclass(section, Section)
-    found = getattr(cfg, key) if cfg is not None else validate_section(section, _defaults(task).get(key, {}), key)
+    own = getattr(cfg, key, None)
+    found = validate_section(section, _defaults(task, data).get(key, {}), key) if own is None else own
     settings = {key: found.model_dump(mode="json")}
     apply_overrides(settings, [o if o.startswith(f"{key}.") else f"{key}.{o}" for o in overrides])
     return validate_section(section, settings[key], key).model_dump(mode="json")
 
 
-def _defaults(task: str | None) -> Mapping[str, Any]:
+def _defaults(task: str | None, data: Mapping[str, Any] | None) -> Mapping[str, Any]:
     try:
-        return getattr(load_task(task), "DEFAULTS", {}) if task else {}
+        return defaults_of(load_task(task), data) if task else {}
     except EdgestillError as error:  # a person's own task, which a device that compiles may lack
         console.print(f"{error}; its defaults do not count here, set them with --set", style="yellow", markup=False)
         return {}

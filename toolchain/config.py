@@ -284,7 +284,9 @@ def validate(
     task = _task(value.get("task"), faults) if "task" in value else None
     method = _method(value.get("method"), faults) if "method" in value else None
     if task is not None:
-        value = _below(value, getattr(task, "DEFAULTS", {}))
+        from toolchain.tasks import defaults_of
+
+        value = _below(value, defaults_of(task, value.get("data")))
         models = {"data": task.DataSection, "student": task.StudentSection, "teacher": task.TeacherSection}
         for key, model in models.items():
             if model is None or (key == "teacher" and value.get(key) is None):

@@ -128,7 +128,7 @@ class OnnxRuntime(Runtime):
     def __call__(self, feeds: Feeds) -> Outputs:
         try:
             call = self._local.calls[self._key(feeds)]
-        except (AttributeError, KeyError, TypeError):
+        except (AttributeError, IndexError, KeyError, TypeError):
             call = self._plan
         try:
             return call(feeds)  # type: ignore[no-any-return]

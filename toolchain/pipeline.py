@@ -95,7 +95,8 @@ def plan(cfg: Config) -> list[Stage]:
     for precision in cfg.export.precisions:
         if precision != "fp32":
             how = {"task": cfg.task, "precision": precision, "export": _without(export, "precisions")}
-            stages.append(Stage(f"onnx-{precision}", "export.precision", how, {"onnx": "onnx", "data": "data"}))
+            inputs = {"onnx": "onnx", "data": "data"}
+            stages.append(Stage(f"onnx-{precision}", "export.precision", how, inputs, optional=True))
     if cfg.compile.backend != "none":
         settings = _without(sections("compile")["compile"], "targets", "precisions")
         for target in cfg.compile.targets:
@@ -214,12 +215,13 @@ class Pipeline:
         if lost:
             outcome.failed[stage.name] = f"{lost[0]} failed"
             return
-        reason = self.stale(stage)
-        if reason is None:
-            try:
+        try:
+            reason = self.stale(stage)
+            if reason is None:
                 artifact.verify(self.root / stage.name)
-            except ArtifactError as error:
-                raise ArtifactError(f"{error}; or remove that folder, and run the same command again") from error
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}; or remove that folder, and run the same command again") from error
+        if reason is None:
             console.print(f"[dim]{stage.name:<24} reused[/]")
             outcome.reused.append(stage.name)
             return
@@ -285,6 +287,7 @@ class _Started:
 def _start(module: str, started: _Started, alone: bool) -> subprocess.Popen[bytes]:
     """The process of a stage; one that is not ``alone`` draws no live progress, as two would overwrite each other."""
     job, environment = started.job, _environment(module)
+    artifact.check_place(job.out, job.stage)
     if not alone:
         environment["TTY_COMPATIBLE"] = "0"
     job.work.mkdir(parents=True, exist_ok=True)

@@ -147,7 +147,10 @@ def load(folder: Path | str, *, provider: str = "cpu", threads: int | None = Non
         raise RuntimeLoadError(f"threads: expected an integer of at least 1 or None, found {threads!r}")
     manifest = artifact.verify(folder)
     if not manifest.inputs_ports or not manifest.outputs_ports:
-        raise RuntimeLoadError(f"{folder}: its manifest names no input and output ports{REMAKE}")
+        raise RuntimeLoadError(
+            f"{folder}: expected an onnx or engine folder, found one of stage {manifest.stage}, which names no input "
+            "and output ports; give the folder that was exported from it"
+        )
     if "model.onnx" in manifest.files:
         from toolchain.onnx_runtime import OnnxRuntime
 

@@ -95,7 +95,7 @@ def guard(action: Callable[[], int | None]) -> int:
     except Exception as error:
         if os.environ.get("EDGESTILL_DEBUG"):
             raise
-        text = _no_folder(error) or str(error)
+        text = _no_folder(error) or _unwritable(error) or str(error)
         if not isinstance(error, (EdgestillError, OSError)):
             text = f"{type(error).__name__}: {text} (an unexpected error; EDGESTILL_DEBUG=1 shows its traceback)"
         console.print(f"error: {text}", markup=False, style="red")
@@ -111,6 +111,12 @@ def _no_folder(error: Exception) -> str | None:
     if file is None:
         return None
     return f"{file}: expected a folder, found a file; move it away, or name another place"
+
+
+def _unwritable(error: Exception) -> str | None:
+    if not isinstance(error, OSError) or not error.filename:
+        return None
+    return f"{error.filename}: {error.strerror}; check that place and its permissions, or name another"
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

@@ -11,6 +11,7 @@ import copy
 import itertools
 import json
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -222,7 +223,8 @@ def run(
     if failures:
         still = len(_left(planned, results))
         raise EdgestillError(f"{study.study}: {still} of {len(planned)} runs are not done:\n" + "\n".join(failures))
-    console.print(f"results: {results}\nnext:    python -m benchmarks.tables --results {out} README.md", markup=False)
+    table = f"python -m benchmarks.tables --results {shlex.quote(str(out))} README.md"
+    console.print(f"results: {results}\nnext:    {table}", markup=False)
     return result | {"left": 0}
 
 

@@ -143,7 +143,7 @@ def test_a_gap_of_the_whole_recording_begins_anew(example: ModuleType, model: Pa
         ),
         (["{model}", "{tracks}", "--frame-step", "7"], 1, "data.frame_step"),
         (["{model}", "{short}"], 1, "nobody was in view for 8 frames without a gap"),
-        (["{model}", "nowhere.txt"], 1, "nowhere.txt: cannot be read"),
+        (["{model}", "nowhere.txt"], 1, "nowhere.txt: expected a track file, found nothing there"),
         (["nowhere"], 1, "nowhere"),
     ],
 )
@@ -164,6 +164,19 @@ def test_mistakes_are_told(
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert words in error
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_predicted(
+    example: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert example.main(["nowhere", "--out", "paths.foo"]) == 2
+    assert "--out paths.foo: expected a picture (.png, .svg, .pdf, .jpg)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_a_unit_is_above_0(example: ModuleType, value: str) -> None:
+    with pytest.raises(SystemExit):
+        example.main(["nowhere", f"--metres-per-unit={value}"])
 
 
 def test_a_model_of_another_task_is_refused(example: ModuleType) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from export.onnx import ExportError, call_torch, export, prove_batches, run
+from export.onnx import ExportError, call_torch, export, prove_batches, run, weights_in
 from export.verify import ParityError, cpu_call
 from toolchain import artifact
 from toolchain.artifact import ArtifactError, Port
@@ -201,3 +201,12 @@ def test_values_that_depend_on_the_batch_size_are_found() -> None:
     prove_batches(expected, expected, split, 1e-6)
     with pytest.raises(ParityError, match="batch of 3: y differs from torch by 1"):
         prove_batches(expected, found, split, 1e-3)
+
+
+def test_a_weight_that_stands_twice_counts_once() -> None:
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    named = [(name, array + shift) for name, shift in (("a", 0), ("again", 0), ("b", 1))]
+    weights = [onnx.numpy_helper.from_array(value, name) for name, value in named]
+    count = onnx.numpy_helper.from_array(np.arange(9), "count")
+    graph = onnx.helper.make_graph([], "g", [], [], initializer=[*weights, count])
+    assert weights_in(onnx.helper.make_model(graph)) == 12

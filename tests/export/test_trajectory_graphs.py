@@ -18,7 +18,7 @@ from toolchain import artifact
 from toolchain.runtime import Runtime, load
 from toolchain.stage import Job
 from toolchain.tasks import trajectory
-from toolchain.tasks.trajectory import DEFAULTS, StudentSection
+from toolchain.tasks.trajectory import LIMITS, StudentSection
 from toolchain.tasks.trajectory_ensemble import Ensemble
 from toolchain.tasks.trajectory_nets import build
 
@@ -118,4 +118,4 @@ def test_an_ensembles_graph_merges_as_torch_does(mirrored: bool, tmp_path: Path)
         feeds = {"observed": walks(count, 5).arrays["observed"]}
         ours, theirs = expected(feeds), found(feeds)
         for name, value in ours.items():
-            assert np.abs(theirs[name] - value).max() < DEFAULTS["export"]["parity"]["limits"]["fp32"]["max_difference"]
+            assert np.abs(theirs[name] - value).max() < LIMITS["fp32"]["max_difference"]

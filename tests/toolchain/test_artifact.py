@@ -47,6 +47,15 @@ def test_a_foreign_folder_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
+def test_an_artifact_of_another_stage_is_not_replaced(tmp_path: Path) -> None:
+    folder = make(tmp_path / "student")
+    words = "earlier artifact of stage onnx, found one of stage student; choose"
+    with pytest.raises(ArtifactError, match=words), artifact.create(folder, stage="onnx", config={}):
+        raise AssertionError("begun")
+    assert artifact.verify(folder).stage == "student"
+    make(folder, "again")
+
+
 def test_leftovers_of_a_killed_run_are_cleared(tmp_path: Path) -> None:
     (tmp_path / ".a.4711.tmp").mkdir()
     (tmp_path / ".a.4711.tmp" / "model.safetensors").write_text("half")

@@ -66,6 +66,28 @@ def test_export_outside_a_run_has_the_gates_of_its_task(tmp_path: Path, jobs: li
     assert jobs[-1].config["export"]["dynamic_int8"] is True
 
 
+def test_a_folder_of_any_name_holds_what_its_stage_makes(tmp_path: Path, jobs: list[Job]) -> None:
+    folder = student(tmp_path, "trajectory")
+    for precision in ("fp32", "fp16"):
+        commands.export(folder, precision, [], tmp_path / "mine", None)
+    assert [(job.stage, job.out.name) for job in jobs] == [("onnx", "mine"), ("onnx", "onnx"), ("onnx-fp16", "mine")]
+
+
+def test_what_was_trained_is_not_overwritten_by_its_export(tmp_path: Path) -> None:
+    folder = student(tmp_path, "trajectory")
+    with pytest.raises(artifact.ArtifactError, match="found one of stage student; choose another --out"):
+        commands.export(folder, "fp32", [], folder, None)
+    with pytest.raises(artifact.ArtifactError, match="found one of stage onnx; choose another --out"):
+        commands.bench([onnx(tmp_path)], [], tmp_path / "onnx-fp16", None, show=False)
+    assert (folder / "model.safetensors").exists()
+    assert (tmp_path / "onnx-fp16" / "model.onnx").exists()
+
+
+def test_a_report_needs_measurements(tmp_path: Path) -> None:
+    with pytest.raises(commands.UsageError, match="nothing was measured there yet; let edgestill run finish first"):
+        commands.report(in_run(tmp_path, "trajectory_demo.yaml"), show=False)
+
+
 def test_a_setting_reaches_inside_a_gate(tmp_path: Path, jobs: list[Job]) -> None:
     folder = student(tmp_path, "classification")
     commands.export(folder, "fp16", ["export.parity.limits.fp16.agreement=0.5"], None, None)

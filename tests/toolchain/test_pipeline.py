@@ -18,6 +18,7 @@ import pytest
 
 from toolchain import artifact, pipeline
 from toolchain.artifact import EdgestillError
+from toolchain.config import load
 from toolchain.pipeline import Pipeline, Stage, StageError, measure, plan
 from toolchain.stage import Job
 
@@ -103,10 +104,11 @@ def test_only_what_depends_on_a_change_is_made_again(tmp_path: Path) -> None:
     assert (outcome.made, outcome.reused) == (["b", "c", "d"], ["a"])
 
 
-def test_a_damaged_artifact_stops_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "words"), [("text0", "damaged"), ("manifest.json", "not readable as JSON")])
+def test_a_damaged_artifact_stops_the_run(tmp_path: Path, name: str, words: str) -> None:
     chain(tmp_path / "run").run("d")
-    (tmp_path / "run" / "b" / "text0").write_text("aX")
-    with pytest.raises(artifact.ArtifactError, match=r"damaged.*remove that folder, and run the same command again"):
+    (tmp_path / "run" / "b" / name).write_text("aX")
+    with pytest.raises(artifact.ArtifactError, match=rf"{words}.*remove that folder, and run the same command again"):
         chain(tmp_path / "run").run("d")
 
 
@@ -336,3 +338,11 @@ def test_a_changed_weights_file_or_image_folder_makes_its_stages_stale(tmp_path:
     other_photo = configs()
     assert [name for name in before if before[name] != other_teacher[name]] == ["features", "teacher", "student"]
     assert [n for n in before if other_teacher[n] != other_photo[n]] == ["data", "features", "teacher", "student"]
+
+
+def test_a_precision_that_fails_its_gate_ends_no_run() -> None:
+    demo = Path(__file__).parents[2] / "configs" / "trajectory_demo.yaml"
+    stages = {stage.name: stage.optional for stage in plan(load(demo))}
+    assert not any(stages[name] for name in ("data", "student", "onnx"))
+    assert all(optional for name, optional in stages.items() if name.startswith("onnx-") and name != "onnx-teacher")
+    assert {"onnx-fp16", "onnx-int8-cpu"} <= stages.keys()

@@ -137,6 +137,7 @@ BAD_FEEDS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda f: f | {"scale": np.array([1, np.nan], np.float32)}, r"scale: 1 of 2 values are NaN .* first at \(1,\)"),
     (lambda f: f | {"scale": np.array([np.inf, 1], np.float32)}, "scale: 1 of 2 values are NaN or infinite"),
     (lambda f: list(f.values()), "expected a dict of input name to numpy array, found list"),
+    (lambda f: np.zeros((2, 3)), "expected a dict of input name to numpy array, found ndarray"),
 ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from toolchain.section import Section
 
@@ -183,6 +183,12 @@ class PPT(Section):
     balance: Balance = 0.0
     jitter: Jitter = 0.0
     test_selected: bool = False
+
+    @field_validator("step", "warmup", "destination", "complete", mode="before")
+    @classmethod
+    def _beside_defaults(cls, value: Any, info: ValidationInfo) -> Any:
+        given = cls.model_fields[str(info.field_name)].default
+        return given.model_dump() | value if isinstance(value, dict) else value
 
     @model_validator(mode="after")
     def _sound(self) -> PPT:

@@ -13,7 +13,7 @@ A task module offers, with numpy and pydantic alone at import:
 
 may offer
 
-- ``DEFAULTS``: a nested mapping of config values, below a person's own;
+- ``defaults(data)``: a nested mapping of config values, below a person's own, for a data section as it was given;
 - ``PACKAGES``: what its stages need beside the usual packages;
 - ``totals(outputs, split) -> Arrays``: over the whole test split, kept with the outputs of the samples shown;
 - ``figures(split, outputs) -> [(title, png)]`` for the report, outputs by ``student`` and maybe ``teacher``;
@@ -151,6 +151,14 @@ def load_task(name: str) -> ModuleType:
         raise EdgestillError(
             f"task {name!r}: no module {target}; one of {', '.join(built_in())}, or a dotted path"
         ) from error
+
+
+def defaults_of(task: ModuleType, data: Any) -> Mapping[str, Any]:
+    """The task's own config values for a ``data`` section as it was given, whatever that is; {} where it has none."""
+    found: Mapping[str, Any] = {}
+    if hasattr(task, "defaults"):
+        found = task.defaults(data if isinstance(data, Mapping) else {})
+    return found
 
 
 def digits_of(task: ModuleType) -> int:

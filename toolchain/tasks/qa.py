@@ -54,6 +54,12 @@ DEFAULTS: dict[str, Any] = {
     "bench": {"batches": [1, 8], "paced_seconds": 0},
 }
 
+
+def defaults(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Config values below a person's own."""
+    return DEFAULTS
+
+
 Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Language = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]

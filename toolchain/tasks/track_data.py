@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -223,11 +224,13 @@ def _nothing(section: DataSection, part: str, recordings: Sequence[Recording], p
     rule = " shared by 2 people" if section.least_agents == 2 else ""
     lower = "data.predict, data.paces or data.stride" if pace > 1 else "data.predict or data.stride"
     share = f"raise data.{part}_fraction, " if section.source in MEANT_FOR.get(f"{part}_fraction", ()) else ""
+    steps = math.gcd(*(int(np.gcd.reduce(np.diff(np.unique(r.frame)))) for r in recordings if len(r) > 1))
+    wider = f" (it is {steps} or a fraction of it)" if steps > section.frame_step else ""
     return (
         f"{section.source}, split {part}: expected a window of {reach(section.observe + section.predict, pace)} steps "
         f"({asked}){rule}, found none in {', '.join(r.name for r in recordings)}: the longest track without a gap has "
-        f"{longest} at {section.frame_step} frame ids a step; check data.frame_step, lower {lower}, {share}or give "
-        "longer recordings"
+        f"{longest} at {section.frame_step} frame ids a step; check data.frame_step{wider}, lower {lower}, {share}or "
+        "give longer recordings"
     )
 
 
@@ -254,7 +257,8 @@ def files_state(section: DataSection) -> str | None:
         root = _place(section, "sdd")
     else:
         return None
-    places = [path for path in [root, *sorted(root.rglob("*"))] if path.suffix.lower() in SUFFIXES and path.is_file()]
+    below = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    places = [root] if root.is_file() else below
     return digest([[path.relative_to(root).as_posix(), sha256(path)] for path in places]) if places else None
 
 

@@ -19,6 +19,7 @@ Integers = NDArray[np.int64]
 
 COLUMNS = ("frame", "id", "x", "y")
 _EXACT = 2**53  # the integers that a float64 holds
+ROUNDED = 0.01  # of a mean step, that float32 may round the farthest coordinate by
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def read_tracks(
     id, x and y are: names of the first line, or numbers from 0; without a header the default means four columns in
     that order. Rows go by frame, or agent by agent. Raises DataError with file and line.
     """
-    lines, rows = _cells(path)
+    lines, rows = _cells(path, columns)
     where = f"{path}:{lines[0]}"
     names = None
     if not any(map(_is_number, rows[0])):
@@ -67,25 +68,60 @@ def read_tracks(
             bad = next(i for i, row in enumerate(rows) if not _is_number(row[column]))
             raise DataError(
                 f"{path}:{lines[bad]}: expected a number for {COLUMNS[k]}, found {rows[bad][column]!r}; "
-                "mend the line (decimals with a point), or remove it"
+                f"{'number the ids' if COLUMNS[k] == 'id' else 'mend the line (decimals with a point)'}, or remove it"
             ) from None
-    return _checked(path, np.array(lines), values, frame_step, scale)
+    recording = _checked(path, np.array(lines), values, frame_step, scale)
+    farthest = int(np.abs(values[:, 2:]).max(1).argmax())
+    _precise(f"{path}:{lines[farthest]}", recording)
+    return recording
 
 
-def _cells(path: Path) -> tuple[list[int], list[list[str]]]:
-    """Line numbers and cells of the lines that are not blank."""
+def _precise(where: str, recording: Recording) -> None:
+    """Windows, networks and graphs are float32: what that rounds must be little beside a step."""
+    order, steps = _by_agent(recording)
+    most = float(np.abs(recording.xy).max())
+    with np.errstate(over="ignore", invalid="ignore"):
+        walked = np.linalg.norm(np.diff(recording.xy[order], axis=0)[steps], axis=-1)
+        rounded = float(np.spacing(np.float32(most)))
+    mean = float(walked.mean()) if len(walked) else 0.0
+    if not np.isfinite(rounded) or (mean and rounded > ROUNDED * mean):
+        raise DataError(
+            f"{where}: expected coordinates near 0, of which float32 keeps a hundredth of a step ({mean:.3g}), found "
+            f"{most:.7g}; subtract an origin from every position, or check data.columns"
+        )
+
+
+def _cells(path: Path, columns: Sequence[str | int]) -> tuple[list[int], list[list[str]]]:
+    """Line numbers and cells of the lines that are not blank and no comments; a header may follow a #."""
     try:
-        text = path.read_text(encoding="utf-8-sig").removeprefix("#")
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: expected a track file, found nothing there; correct its name") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise DataError(
             f"{path}: cannot be read as UTF-8 text ({reason}); check data.path, or save it again"
         ) from error
-    kept = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    kept = list[tuple[int, str]]()
+    for i, line in enumerate(text.split("\n"), 1):
+        if line.startswith("#") and not kept and _names_columns(line[1:], columns):
+            kept.append((i, line[1:]))
+        elif line.strip() and not line.startswith("#"):
+            kept.append((i, line))
     if not kept:
         raise DataError(f"{path}:1: expected rows of {', '.join(COLUMNS)}, found an empty file; remove or replace it")
     separator = next((mark for mark in ";," if mark in kept[0][1]), None)
-    return [i for i, _ in kept], [[cell.strip() for cell in line.split(separator)] for _, line in kept]
+    return [i for i, _ in kept], [_split(line, separator) for _, line in kept]
+
+
+def _split(line: str, separator: str | None) -> list[str]:
+    return [cell.strip().strip('"') for cell in line.split(separator)]
+
+
+def _names_columns(line: str, columns: Sequence[str | int]) -> bool:
+    """Whether a commented first line is a header: it has every column that is sought by name."""
+    cells = {cell for mark in (";", ",", None) for cell in _split(line, mark)}
+    return all(column in cells for column in columns if isinstance(column, str)) and len(cells) >= len(columns)
 
 
 def _places(
@@ -98,8 +134,8 @@ def _places(
     if names is None and tuple(columns) == COLUMNS:
         if width != len(COLUMNS):
             raise DataError(
-                f"{where}: expected 4 columns ({', '.join(COLUMNS)}), found {width}; "
-                "say which they are with data.columns, e.g. [0, 1, 2, 3]"
+                f"{where}: expected 4 columns ({', '.join(COLUMNS)}), found {width}: {', '.join(rows[0])}; "
+                "say which they are with data.columns, e.g. [0, 1, 2, 3], and write decimals with a point"
             )
         return list(range(4)), width
     found = []

@@ -33,22 +33,16 @@ HIGHER_IS_BETTER = False
 UNIT = "m"
 DIGITS = 3
 STAGES = ("teacher", "predictions")
-DEFAULTS: dict[str, Any] = {
-    "export": {
-        "parity": {
-            "limits": {
-                "fp32": {"max_difference": 1e-3, "agreement": 0.999, "metric_drop": 1e-4},
-                "fp16": {"max_difference": 0.05, "agreement": 0.98, "metric_drop": 0.002},
-                "int8-cpu": {"agreement": 0.0, "metric_drop": 0.01},
-                "int8-trt": {"agreement": 0.0, "metric_drop": 0.01},
-            }
-        }
-    },
-    "report": {"max_drop": 0.01},
-}
 AGREES_WITHIN = 0.01  # of the mean distance travelled: 4 cm for a pedestrian
 PUBLISHED = {"weight_decay": 0.0, "batch_size": 256, "schedule": "constant", "warmup": 0.0}  # of ``train``
 SCALES = {"m": 30.0, "px": 1.0}
+LIMITS = {  # of differences in metres
+    "fp32": {"max_difference": 1e-3, "agreement": 0.999, "metric_drop": 1e-4},
+    "fp16": {"max_difference": 0.05, "agreement": 0.98, "metric_drop": 0.002},
+    "int8-cpu": {"agreement": 0.0, "metric_drop": 0.01},
+    "int8-trt": {"agreement": 0.0, "metric_drop": 0.01},
+}
+MAX_DROP = 0.01  # metres
 
 Positive = Annotated[int, Field(ge=1)]
 
@@ -93,6 +87,17 @@ class StudentSection(Section):
     def scale_of(self, unit: str) -> float:
         """What tracks in ``unit`` are multiplied by."""
         return SCALES[unit] if self.scale is None else self.scale
+
+
+def defaults(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Config values below a person's own; limits of tracks in pixels are 30 times those in metres (``SCALES``)."""
+    unit = data.get("unit", "px" if data.get("source") == "sdd" else "m")
+    factor = SCALES["m"] / SCALES["px"] if unit == "px" else 1.0
+    limits = {
+        name: {key: value if key == "agreement" else value * factor for key, value in found.items()}
+        for name, found in LIMITS.items()
+    }
+    return {"export": {"parity": {"limits": limits}}, "report": {"max_drop": MAX_DROP * factor}}
 
 
 def _published() -> StudentSection:
@@ -308,8 +313,8 @@ def teacher_scores(run: Any, split: str) -> dict[str, float]:
 
 
 def dry_run(config: Any, data: Data) -> dict[str, str]:
-    """Build the networks, which runs two tracks through each, and describe them."""
-    from toolchain.tasks import trajectory_nets
+    """Build the networks, which runs two tracks through each, check the finished PPTs, and describe them."""
+    from toolchain.tasks import trajectory_nets, trajectory_teacher
     from toolchain.tasks.nets import count_parameters
 
     shown = {}
@@ -317,6 +322,8 @@ def dry_run(config: Any, data: Data) -> dict[str, str]:
         if section is not None:
             net = trajectory_nets.build(section, data.info, config.seed)
             shown[key] = f"{section.model}, {count_parameters(net):,} parameters, {section.hypotheses} hypotheses"
+    if config.teacher:
+        trajectory_teacher.check_finished(config.teacher, config.section("data"), data.info["unit"])
     if config.teacher and config.teacher.merges:
         others = [f"those of {len(config.teacher.ensemble)} more"] if config.teacher.ensemble else []
         others += ["those for the mirror image"] if config.teacher.mirrored else []

@@ -38,13 +38,8 @@ def teach(job: Job) -> None:
     section = trajectory.TeacherSection.model_validate(job.config["teacher"])
     data = load_data(job.inputs["data"])
     unit = data.info["unit"]
-    members = [_member(Path(folder), section, job, unit) for folder in section.ensemble]
-    if section.folder is not None:
-        manifest = _finished("folder", Path(section.folder), job)
-        if trajectory.network_of(manifest.config) != section.student:
-            raise TeacherError(
-                f"teacher.folder {section.folder}: another network than teacher.student says; copy its student section"
-            )
+    manifest, members = check_finished(section, job.config, unit, job.inputs["data"])
+    if section.folder is not None and manifest is not None:
         net, val = trajectory.load_student(section.folder), manifest.metrics["val"]
         log, stages = _log(Path(section.folder)), manifest.extra.get("stages", [])
     else:
@@ -74,7 +69,27 @@ def teach(job: Job) -> None:
     console.print(f"    teacher: {count_parameters(net):,} parameters, validation {shown}", markup=False)
 
 
-def _finished(key: str, folder: Path, job: Job) -> Manifest:
+def check_finished(
+    section: Any, config: Mapping[str, Any], unit: str, data: Path | None = None
+) -> tuple[Manifest | None, list[Any]]:
+    """The manifest of ``folder`` and the networks of ``ensemble``, after checking that they can teach here.
+
+    ``config`` has the run's sections ``data`` and ``files``; without the folder of the ``data`` it is not checked that
+    the user's own files are still those. Raises TeacherError.
+    """
+    manifest = None
+    if section.folder is not None:
+        manifest = _finished("folder", Path(section.folder), config, data)
+        ours, theirs = (net.model_dump() for net in (section.student, trajectory.network_of(manifest.config)))
+        if differing := [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key]]:
+            raise TeacherError(
+                f"teacher.folder {section.folder}: another network than teacher.student says: it has "
+                f"{'; '.join(differing)}; copy its student section"
+            )
+    return manifest, [_member(Path(folder), section, config, unit, data) for folder in section.ensemble]
+
+
+def _finished(key: str, folder: Path, config: Mapping[str, Any], data: Path | None) -> Manifest:
     """Of a finished PPT, after checking that it is one and never saw this run's test split."""
     if not is_whole(folder):
         raise TeacherError(
@@ -84,9 +99,9 @@ def _finished(key: str, folder: Path, job: Job) -> Manifest:
     found = (manifest.config.get("method") or {}).get("name")
     if found != "ppt":
         raise TeacherError(f"teacher.{key} {folder}: expected a student of method ppt, found {found or manifest.stage}")
-    ours, theirs = job.config["data"], manifest.config["data"]
+    ours, theirs = config["data"], manifest.config["data"]
     differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-    if job.config.get("files", {}).get("data") and manifest.inputs["data"]["id"] != read(job.inputs["data"]).id:
+    if data and config.get("files", {}).get("data") and manifest.inputs["data"]["id"] != read(data).id:
         differing.append("the files")
     if differing:
         raise TeacherError(
@@ -96,9 +111,9 @@ def _finished(key: str, folder: Path, job: Job) -> Manifest:
     return manifest
 
 
-def _member(folder: Path, teacher: Any, job: Job, unit: str) -> Any:
+def _member(folder: Path, teacher: Any, config: Mapping[str, Any], unit: str, data: Path | None) -> Any:
     """The network of a further PPT of the ensemble, after checking that its paths can be merged."""
-    found = trajectory.network_of(_finished("ensemble", folder, job).config)
+    found = trajectory.network_of(_finished("ensemble", folder, config, data).config)
     for what, ours, theirs in (
         ("hypotheses", teacher.student.hypotheses, found.hypotheses),
         ("scale", teacher.student.scale_of(unit), found.scale_of(unit)),

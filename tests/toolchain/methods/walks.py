@@ -16,7 +16,7 @@ from toolchain.checkpoint import save_tensors
 from toolchain.config import Config, validate
 from toolchain.stage import Job
 from toolchain.tasks import Data, Split, save_data
-from toolchain.tasks.trajectory import DEFAULTS, StudentSection
+from toolchain.tasks.trajectory import LIMITS, StudentSection
 from toolchain.tasks.trajectory_batches import TrajectoryBatches
 from toolchain.tasks.trajectory_nets import PPT, Destination, Shape, Step, build
 from toolchain.train import Run
@@ -34,7 +34,7 @@ EXPORT: dict[str, Any] = {
     "opset": 20,
     "dynamic_int8": False,
     "calibration": {"samples": 24, "method": "minmax"},
-    "parity": {"samples": 10, "limits": DEFAULTS["export"]["parity"]["limits"]},
+    "parity": {"samples": 10, "limits": LIMITS},
 }
 NET: dict[str, Any] = {"hypotheses": K, "width": WIDTH, "depth": 2, "heads": 2}
 ONE = {"epochs": 1, "lr": 1e-2}

@@ -229,11 +229,22 @@ def test_files_state_follows_the_files(tmp_path: Path) -> None:
     walk(path, 1, 31)
     assert files_state(section) != before[0]
     assert files_state(alone) != before[1]
+    other = DataSection(source="files", path=str(walk(tmp_path / "tracks.dat", 1, 30)))
+    first = files_state(other)
+    walk(tmp_path / "tracks.dat", 1, 31)
+    assert files_state(other) not in (None, first)
     assert files_state(DataSection(source="simulator")) is None
     assert files_state(DataSection(source="eth_ucy", scene="eth", path=str(tmp_path))) is None
     assert files_state(DataSection(source="sdd", path=str(tmp_path))) is None
     walk(tmp_path / "sdd" / "train" / "a.txt", 1, 30)
     assert files_state(DataSection(source="sdd", path=str(tmp_path))) is not None
+
+
+def test_the_step_of_the_frames_is_told_where_there_is_no_window(tmp_path: Path) -> None:
+    path = walk(tmp_path / "a.txt", agents=2, steps=40, step=14)
+    words = r"check data\.frame_step \(it is 14 or a fraction of it\), lower data\.predict"
+    with pytest.raises(DataError, match=words):
+        prepare(DataSection(source="files", path=str(path), frame_step=1))
 
 
 # SDD

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +76,15 @@ GOOD = "0 1 0 0\n10 1 0 0\n"
 BROKEN = {
     "too few": (GOOD + "20 1 0\n", 3, r"expected 4 columns, found 3; mend the line"),
     "too many": (GOOD + "\n20 1 0 0 0\n", 4, r"expected 4 columns, found 5; mend the line"),
-    "eight columns": ("0 1 2 3 4 5 6 7\n", 1, r"expected 4 columns .* found 8; say which they are with data\.columns"),
+    "eight columns": ("0 1 2 3 4 5 6 7\n", 1, r"expected 4 columns .* found 8: 0, .* 7; say .* data\.columns"),
+    "decimal commas between tabs": ("24\t30\t7,455\t8,636\n", 1, "found 3: .*; say .* write decimals with a point"),
+    "named ids": (GOOD + "20 a1 0 0\n", 3, "expected a number for id, found 'a1'; number the ids, or remove it"),
+    "far away": (
+        "0 1 500000 5400000\n10 1 500000.5 5400001\n20 1 500001 5400002\n",
+        3,
+        r"expected coordinates near 0, .* a hundredth of a step \(1\.12\), found 5400002; subtract an origin",
+    ),
+    "too large for float32": ("0 1 0 0\n10 1 1e300 0\n", 2, r"found 1e\+300; subtract an origin"),
     "text": (GOOD + "20 1 a 0\n", 3, r"expected a number for x, found 'a'; mend the line"),
     "decimal comma": (
         "0;1;1.5;2\n10;1;1,5;2\n",
@@ -120,6 +127,14 @@ BROKEN = {
 }
 
 
+def test_comments_quotes_and_a_header_after_a_hash_are_read(tmp_path: Path) -> None:
+    rows = '"0","1","2.5","3"\n# break\n"10","1","3.5","3"\n'
+    for head in ("# made by a tracker\n", "#frame,id,x,y\n", '"frame","id","x","y"\n', ""):
+        assert read_tracks(write(tmp_path / "a.csv", head + rows)).xy.tolist() == [[2.5, 3], [3.5, 3]]
+    swapped = read_tracks(write(tmp_path / "a.csv", "#frame,id,y,x\n" + rows))
+    assert swapped.xy.tolist() == [[3, 2.5], [3, 3.5]]
+
+
 @pytest.mark.parametrize("fault", BROKEN)
 def test_broken_files_are_named_with_line_and_remedy(tmp_path: Path, fault: str) -> None:
     text, line, message = BROKEN[fault]
@@ -141,9 +156,10 @@ def test_columns_that_are_not_there(tmp_path: Path, columns: Any, message: str) 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe0\x00")
-    for name in ("a.txt", "none.txt"):
-        with pytest.raises(DataError, match=rf"{re.escape(name)}: cannot be read as UTF-8 text .*check data\.path"):
-            read_tracks(tmp_path / name)
+    with pytest.raises(DataError, match=r"a\.txt: cannot be read as UTF-8 text .*check data\.path"):
+        read_tracks(tmp_path / "a.txt")
+    with pytest.raises(DataError, match=r"none\.txt: expected a track file, found nothing there"):
+        read_tracks(tmp_path / "none.txt")
 
 
 # Windows

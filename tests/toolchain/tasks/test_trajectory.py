@@ -157,12 +157,9 @@ def test_a_scale_written_out_is_the_default_one() -> None:
     assert load(DEMO, ["student.scale=10", "teacher.student.scale=10"])
 
 
-def test_a_dry_run_tells_an_ensemble() -> None:
+def test_a_dry_run_tells_that_paths_are_merged() -> None:
     found = Data({}, {"observe": 8, "predict": 12, "unit": "m"})
     assert "merged" not in trajectory.dry_run(load(DEMO), found)["teacher"]
-    both = load(DEMO, ["teacher.ensemble=[runs/a/student]", "teacher.mirrored=true"])
-    words = "20 hypotheses; its paths merged with those of 1 more and those for the mirror image"
-    assert trajectory.dry_run(both, found)["teacher"].endswith(words)
     mirrored = load(DEMO, ["teacher.mirrored=true"])
     assert trajectory.dry_run(mirrored, found)["teacher"].endswith("merged with those for the mirror image")
 
@@ -176,7 +173,7 @@ def test_without_its_weights_a_student_needs_no_teacher() -> None:
 
 
 def test_the_tasks_defaults_stand_below_what_the_user_writes_key_by_key() -> None:
-    theirs = load_task("trajectory").DEFAULTS["export"]["parity"]["limits"]
+    theirs = load_task("trajectory").defaults({})["export"]["parity"]["limits"]
     cfg = validate(PPT)
     assert cfg.report.max_drop == 0.01
     assert cfg.export.parity.limits["fp16"].model_dump() == theirs["fp16"]
@@ -189,6 +186,20 @@ def test_the_tasks_defaults_stand_below_what_the_user_writes_key_by_key() -> Non
     assert (fp16.agreement, fp16.metric_drop, fp16.max_difference) == (0.5, 0.002, 0.05)
     assert cfg.export.parity.limits["int8-cpu"].metric_drop == 0.01
     assert theirs["fp16"]["agreement"] == 0.98, "the defaults themselves were changed"
+
+
+def test_limits_of_pixels_are_thirty_times_those_of_metres() -> None:
+    for data in ({"source": "sdd"}, {"source": "files", "path": "a.txt", "unit": "px"}):
+        cfg = validate(PPT | {"data": data})
+        fp16 = cfg.export.parity.limits["fp16"]
+        assert (fp16.agreement, fp16.metric_drop, fp16.max_difference) == pytest.approx((0.98, 0.06, 1.5))
+        assert cfg.report.max_drop == pytest.approx(0.3)
+
+
+def test_one_key_of_a_training_leaves_the_others_as_they_are() -> None:
+    cfg: Any = validate(PPT | {"method": {"name": "ppt", "destination": {"epochs": 3}, "step": {"lr": 0.5}}})
+    assert (cfg.method.destination.epochs, cfg.method.destination.lr) == (3, 1e-4)
+    assert (cfg.method.step.epochs, cfg.method.step.lr) == (60, 0.5)
 
 
 def test_a_resolved_config_is_valid_again() -> None:

@@ -171,7 +171,7 @@ def selected_by_the_test_split(root: Path, other: Path) -> tuple[Path, dict[str,
         (nothing, "expected the student folder of a run of method ppt, found nothing whole at"),
         (data_folder, "expected a student of method ppt, found data"),
         (plain_student, "expected a student of method ppt, found ppt_student"),
-        (other_network, "another network than teacher.student says; copy its student section"),
+        (other_network, "another network than teacher.student says: it has depth 2, not 1; copy its student section"),
         (selected_by_the_test_split, "trained on other data (scene, source, validation differ)"),
         (other_data, "trained on other data (seed differ); give a teacher trained on the same data section"),
     ],
@@ -184,6 +184,9 @@ def test_a_folder_that_cannot_teach_here_is_refused(
     with pytest.raises(TeacherError, match=re.escape(message)):
         made_of(tmp_path, folder=str(folder), student=network)
     assert not (tmp_path / "teacher").exists()
+    cfg = config({"name": "ppt_student"}, teacher={"folder": str(folder), "student": network})
+    with pytest.raises(TeacherError, match=re.escape(message)):
+        trajectory.dry_run(cfg, load_data(tmp_path / "data"))
 
 
 def test_a_teacher_of_files_that_have_changed_is_refused(other: Path, tmp_path: Path) -> None:
@@ -197,6 +200,13 @@ def test_a_teacher_of_files_that_have_changed_is_refused(other: Path, tmp_path: 
 
 
 # --- an ensemble
+
+
+def test_a_dry_run_tells_an_ensemble(other: Path) -> None:
+    teacher = TEACHER | {"ensemble": [str(other / "student")], "mirrored": True}
+    shown = trajectory.dry_run(config({"name": "ppt_student"}, teacher=teacher), load_data(other / "data"))
+    words = f"{K} hypotheses; its paths merged with those of 1 more and those for the mirror image"
+    assert shown["teacher"].endswith(words)
 
 
 def ensemble(other: Path, **keys: Any) -> dict[str, Any]:
