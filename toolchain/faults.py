@@ -38,6 +38,8 @@ def _render(fault: Fault, source: str, lines: Mapping[tuple[Any, ...], int], ove
     else:
         line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), None)
         place = f"{source}:{line}" if line else source
+        below = sorted(".".join(map(str, k)) for k in overridden if where and k[: len(where)] == where)
+        place += f" with {', '.join(below)} from the command line" if below else ""
     return f"{place}: {key + ': ' if key else ''}{message}"
 
 

@@ -151,10 +151,11 @@ class Outcome:
 
 
 class Pipeline:
-    """A run folder and the stages that fill it."""
+    """A run folder and the stages that fill it. Raises EdgestillError where one of them would replace its teacher."""
 
     def __init__(self, cfg: Config, root: Path, stages: Sequence[Stage] | None = None) -> None:
         self.cfg, self.root = cfg, root
+        self._spare_teachers()
         self.stages = plan(cfg) if stages is None else list(stages)
 
     def run(self, last: str | None = None) -> Outcome:
@@ -177,6 +178,17 @@ class Pipeline:
                 self._step(stage, outcome)
             artifact.remove(self.root / ".work")
         return outcome
+
+    def _spare_teachers(self) -> None:
+        """A finished student that teaches is not replaced by its own student."""
+        teacher = getattr(self.cfg, "teacher", None)
+        named = [getattr(teacher, "folder", None), *getattr(teacher, "ensemble", ())]
+        for folder in filter(None, named):
+            if Path(folder).resolve().parent == self.root.resolve():
+                raise EdgestillError(
+                    f"teacher {folder}: expected a folder of another run, found one of {self.root}, which this run "
+                    "would replace; choose another --out or another name"
+                )
 
     def _teacher_to_make(self, stages: Sequence[Stage]) -> bool:
         """Whether a stage between the data and the student would be made."""

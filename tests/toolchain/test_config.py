@@ -53,6 +53,13 @@ def test_nested_keys_are_strict_too(tmp_path: Path) -> None:
     assert message.startswith("command line:")
 
 
+def test_a_fault_of_a_section_names_what_the_command_line_changed_in_it(tmp_path: Path) -> None:
+    text = (CONFIGS / "trajectory_demo.yaml").read_text()
+    message = fault(tmp_path, text, "data.scene=zara1", "train.epochs=2")
+    line = text[: text.index("\ndata:") + 1].count("\n") + 1
+    assert message.startswith(f"{tmp_path / 'mine.yaml'}:{line} with data.scene from the command line: data: scene has")
+
+
 def test_all_faults_are_reported_together(tmp_path: Path) -> None:
     message = fault(tmp_path, DIGITS.read_text(), "train.epochs=0", "student.wdth=3", "metod=x", "method.K=none")
     assert [key in message for key in ("train.epochs", "student.wdth", "metod", "method.K")] == [True] * 4

@@ -346,3 +346,11 @@ def test_a_precision_that_fails_its_gate_ends_no_run() -> None:
     assert not any(stages[name] for name in ("data", "student", "onnx"))
     assert all(optional for name, optional in stages.items() if name.startswith("onnx-") and name != "onnx-teacher")
     assert {"onnx-fp16", "onnx-int8-cpu"} <= stages.keys()
+
+
+def test_a_teacher_is_not_replaced_by_its_own_student(tmp_path: Path) -> None:
+    settings = [f"teacher.folder={tmp_path / 'run' / 'student'}", "teacher.method=null", "teacher.train=null"]
+    cfg = load(Path(__file__).parents[2] / "configs" / "trajectory_demo.yaml", settings)
+    with pytest.raises(EdgestillError, match=r"student: expected a folder of another run, .* choose another --out"):
+        Pipeline(cfg, tmp_path / "run").run()
+    assert not (tmp_path / "run").exists()
