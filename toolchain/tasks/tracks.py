@@ -51,7 +51,7 @@ def read_tracks(
     id, x and y are: names of the first line, or numbers from 0; without a header the default means four columns in
     that order. Rows go by frame, or agent by agent. Raises DataError with file and line.
     """
-    lines, rows = _cells(path, columns)
+    lines, rows = _cells(path)
     where = f"{path}:{lines[0]}"
     names = None
     if not any(map(_is_number, rows[0])):
@@ -91,8 +91,9 @@ def _precise(where: str, recording: Recording) -> None:
         )
 
 
-def _cells(path: Path, columns: Sequence[str | int]) -> tuple[list[int], list[list[str]]]:
-    """Line numbers and cells of the lines that are not blank and no comments; a header may follow a #."""
+def _cells(path: Path) -> tuple[list[int], list[list[str]]]:
+    """Line numbers and cells of the lines that are not blank and no comments. Where as many cells as the rows have
+    follow the # of the first line, they are the header."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
@@ -102,26 +103,22 @@ def _cells(path: Path, columns: Sequence[str | int]) -> tuple[list[int], list[li
         raise DataError(
             f"{path}: cannot be read as UTF-8 text ({reason}); check data.path, or save it again"
         ) from error
-    kept = list[tuple[int, str]]()
-    for i, line in enumerate(text.split("\n"), 1):
-        if line.startswith("#") and not kept and _names_columns(line[1:], columns):
-            kept.append((i, line[1:]))
-        elif line.strip() and not line.startswith("#"):
-            kept.append((i, line))
-    if not kept:
+    written = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+    kept = [(i, line) for i, line in written if not line.startswith("#")]
+    if not written:
         raise DataError(f"{path}:1: expected rows of {', '.join(COLUMNS)}, found an empty file; remove or replace it")
-    separator = next((mark for mark in ";," if mark in kept[0][1]), None)
+    (first, head), body = written[0], (kept or written)[0][1].removeprefix("#")
+    separator = next((mark for mark in ";," if mark in body), None)
+    cells = _split(body, separator)
+    if head.startswith("#") and any(map(_is_number, cells)) and len(_split(head[1:], separator)) == len(cells):
+        kept = [(first, head[1:]), *kept]
+    elif not kept:
+        kept = [(first, head[1:])]
     return [i for i, _ in kept], [_split(line, separator) for _, line in kept]
 
 
 def _split(line: str, separator: str | None) -> list[str]:
     return [cell.strip().strip('"') for cell in line.split(separator)]
-
-
-def _names_columns(line: str, columns: Sequence[str | int]) -> bool:
-    """Whether a commented first line is a header: it has every column that is sought by name."""
-    cells = {cell for mark in (";", ",", None) for cell in _split(line, mark)}
-    return all(column in cells for column in columns if isinstance(column, str)) and len(cells) >= len(columns)
 
 
 def _places(

@@ -119,6 +119,8 @@ BROKEN = {
     ),
     "empty": ("", 1, r"found an empty file; remove or replace it"),
     "header alone": ("frame id x y\n", 1, r"expected rows below this header, found none; remove or replace"),
+    "header alone after a hash": ("# frame id x y\n", 1, r"expected rows below this header, found none"),
+    "other names after a hash": ("#ped t x y\n" + GOOD, 1, r"a column named 'frame', found \['ped', 't', 'x', 'y'\]"),
     "other names": (
         "t,id,x,y\n0,1,2,3\n",
         1,
