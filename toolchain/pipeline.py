@@ -215,25 +215,23 @@ class Pipeline:
         return Job(stage.name, self.root / stage.name, stage.config, inputs)
 
     def stale(self, stage: Stage) -> str | None:
-        """Why ``stage`` must be made, or None."""
+        """Why ``stage`` must be made, or None. Raises ArtifactError."""
         job = self.job(stage)
         for role, folder in job.inputs.items():
             if not artifact.is_whole(folder):
                 return f"{role} is not there"
-        return artifact.stale_reason(job.out, stage=job.stage, config=job.config, inputs=job.inputs)
+        with _remedied():
+            return artifact.stale_reason(job.out, stage=job.stage, config=job.config, inputs=job.inputs)
 
     def _step(self, stage: Stage, outcome: Outcome) -> None:
         lost = [name for name in stage.inputs.values() if name in outcome.failed]
         if lost:
             outcome.failed[stage.name] = f"{lost[0]} failed"
             return
-        try:
-            reason = self.stale(stage)
-            if reason is None:
-                artifact.verify(self.root / stage.name)
-        except ArtifactError as error:
-            raise ArtifactError(f"{error}; or remove that folder, and run the same command again") from error
+        reason = self.stale(stage)
         if reason is None:
+            with _remedied():
+                artifact.verify(self.root / stage.name)
             console.print(f"[dim]{stage.name:<24} reused[/]")
             outcome.reused.append(stage.name)
             return
@@ -285,6 +283,14 @@ def side_by_side(module: str, jobs: Iterable[Job], most: int) -> Iterator[tuple[
         raise
     finally:
         _stop(list(running), terminate)
+
+
+@contextlib.contextmanager
+def _remedied() -> Iterator[None]:
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; or remove that folder, and run the same command again") from error
 
 
 class _Started:
