@@ -192,12 +192,15 @@ def test_inspect_lists_hookable_layers(run_root: Path) -> None:
     assert "blocks.6" in [layer["name"] for layer in json.loads(reply.stdout)["layers"]]
 
 
-def test_a_failed_gate_fails_the_command(run_root: Path, tmp_path: Path) -> None:
+def test_a_failed_gate_fails_the_command_and_the_report_says_why(run_root: Path, tmp_path: Path) -> None:
     shutil.copytree(run_root, tmp_path / "run")
     limits = "export.parity.limits={fp16: {max_difference: 1.0e-12}}"
-    reply = edgestill("run", DIGITS, *SMALL, limits, "--out", str(tmp_path / "run"))
-    assert reply.returncode == 1
-    assert "max_difference" in reply.stderr
+    reply = edgestill("run", DIGITS, *SMALL, limits, "--out", str(tmp_path / "run"), "--json")
+    assert reply.returncode == 3, reply.stderr
+    failed = json.loads(reply.stdout)["failed"]
+    assert "max_difference" in failed["onnx-fp16"]
+    assert "onnx-int8-cpu" not in failed
+    assert "onnx-fp16 not made: fp16 differs too much" in (tmp_path / "run" / "report.md").read_text()
     assert "Traceback" not in reply.stderr
 
 

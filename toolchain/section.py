@@ -10,9 +10,9 @@ from pydantic_core.core_schema import ValidationInfo
 
 
 class Section(BaseModel):
-    """Strict keys, immutable; true and false are not numbers."""
+    """Strict keys, immutable; true and false are not numbers, and numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

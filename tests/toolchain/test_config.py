@@ -60,6 +60,11 @@ def test_a_fault_of_a_section_names_what_the_command_line_changed_in_it(tmp_path
     assert message.startswith(f"{tmp_path / 'mine.yaml'}:{line} with data.scene from the command line: data: scene has")
 
 
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_a_number_is_finite(tmp_path: Path, value: str) -> None:
+    assert "train.lr: " in fault(tmp_path, DIGITS.read_text(), f"train.lr={value}")
+
+
 def test_all_faults_are_reported_together(tmp_path: Path) -> None:
     message = fault(tmp_path, DIGITS.read_text(), "train.epochs=0", "student.wdth=3", "metod=x", "method.K=none")
     assert [key in message for key in ("train.epochs", "student.wdth", "metod", "method.K")] == [True] * 4
