@@ -185,6 +185,9 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
     if name == "ppt_student" and teacher is None and (method.paths or method.destinations or method.features):
         message = "method ppt_student learns from a teacher; add a teacher section, or set"
         faults.append((("teacher",), f"{message} paths, destinations and features to 0"))
+    if name == "ppt_student" and method.features and student.model == "ppt":
+        message = "needs a student with width, feature and decode, which ppt has not (one_shot has them)"
+        faults.append((("method", "features"), f"{message}; set method.features to 0, or choose one_shot"))
     if teacher is not None and teacher.student.hypotheses != student.hypotheses:
         message = f"expected the teacher's {teacher.student.hypotheses} hypotheses, found {student.hypotheses}"
         faults.append((("student", "hypotheses"), message))

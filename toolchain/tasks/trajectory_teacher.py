@@ -101,7 +101,12 @@ def _finished(key: str, folder: Path, config: Mapping[str, Any], data: Path | No
         raise TeacherError(f"teacher.{key} {folder}: expected a student of method ppt, found {found or manifest.stage}")
     ours, theirs = config["data"], manifest.config["data"]
     differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
-    if data and config.get("files", {}).get("data") and manifest.inputs["data"]["id"] != read(data).id:
+    if (
+        not differing
+        and data
+        and config.get("files", {}).get("data")
+        and manifest.inputs["data"]["id"] != read(data).id
+    ):
         differing.append("the files")
     if differing:
         raise TeacherError(

@@ -138,6 +138,7 @@ def fault(path: Path, *overrides: str) -> str:
         ("ppt", ["method.branches=1", "teacher.mirrored=true"], "teacher", "takes the ways of one PPT; remove ens"),
         ("trajectory_demo", ["teacher=null"], "teacher", "or set paths, destinations and features to 0"),
         ("trajectory_demo", ["student.hypotheses=6"], "student.hypotheses", "the teacher's 20 hypotheses, found 6"),
+        ("trajectory_demo", ["student.model=ppt"], "method.features", "which ppt has not (one_shot has them)"),
         ("trajectory_demo", ["student.scale=10"], "student.scale", "the teacher's scale 30, found 10"),
         ("digits", ["method=ppt", "teacher=null"], "method", "ppt is for trajectories"),
         ("digits", ["method=ppt_student"], "method", "ppt_student is for trajectories"),
