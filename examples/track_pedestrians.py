@@ -29,8 +29,8 @@ from toolchain.tasks.tracks import Recording, read_tracks
 
 Floats = NDArray[np.float32]
 WARM_UP = 10  # calls that are not counted
-PICTURES = (".png", ".svg", ".pdf", ".jpg")
 LEAST = 6  # calls that a median can be told from
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 INK, GREY, TRUTH, PATH, TOP = "#1d2733", "#c9d0d8", "#2f8f4e", "#0b6fa4", "#8457aa"
 
 

@@ -86,6 +86,11 @@ def test_user_errors_end_with_a_message_and_a_code(arguments: list[str], code: i
     assert "Traceback" not in reply.stderr
 
 
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guard((tmp_path / "nowhere" / "x").mkdir) == 1
+    assert "nowhere/x: No such file or directory; check that place and its permissions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("below", ["", "runs/digits"])
 def test_a_file_where_a_folder_should_be_is_told(below: str, tmp_path: Path) -> None:
     file = tmp_path / "file"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,12 @@ def test_what_is_next_works(
     said = capsys.readouterr().err
     assert ("edgestill compile" in said) is compiled
     assert f"edgestill bench {tmp_path}" in said
+
+
+def test_what_is_next_can_be_pasted(tmp_path: Path, jobs: list[Job], capsys: pytest.CaptureFixture[str]) -> None:
+    commands.export(student(tmp_path / "my run", "classification"), "fp32", [], None, None)
+    *_, last = capsys.readouterr().err.splitlines()
+    assert shlex.split(last)[-3:] == ["edgestill", "bench", str(tmp_path / "my run" / "onnx")]
 
 
 def test_compile_outside_a_run_has_the_ranges_of_its_task(

@@ -38,11 +38,8 @@ class PPTStudent(Distiller):
     def __init__(self, student: nn.Module, options: Any, observe: int, feature: int | None) -> None:
         super().__init__()
         self.student, self.options, self.observe = student, options, observe
-        if feature is not None and not all(hasattr(student, name) for name in ("width", "feature", "decode")):
-            raise TrainingError(
-                f"method.features needs a student with width, feature and decode, which {type(student).__name__} has "
-                "not (one_shot has them); set method.features to 0"
-            )
+        if feature is not None:
+            check_feature(student)
         self.adapt = None if feature is None else nn.Linear(int(student.width), feature)  # type: ignore[arg-type]
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -65,6 +62,15 @@ class PPTStudent(Distiller):
         weights = {name: getattr(options, name) for name in parts}
         loss = sum((weights[name] * part for name, part in parts.items()), error.new_zeros(()))
         return {"loss": loss} | {name: part for name, part in parts.items() if weights[name]}
+
+
+def check_feature(student: nn.Module) -> None:
+    """That a teacher's feature can be taught to ``student``. Raises TrainingError."""
+    if not all(hasattr(student, name) for name in ("width", "feature", "decode")):
+        raise TrainingError(
+            f"method.features needs a student with width, feature and decode, which {type(student).__name__} has "
+            "not (one_shot has them); set method.features to 0"
+        )
 
 
 def distill(cfg: Config, run: Run) -> nn.Module:

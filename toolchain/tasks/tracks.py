@@ -71,12 +71,11 @@ def read_tracks(
                 f"{'number the ids' if COLUMNS[k] == 'id' else 'mend the line (decimals with a point)'}, or remove it"
             ) from None
     recording = _checked(path, np.array(lines), values, frame_step, scale)
-    farthest = int(np.abs(values[:, 2:]).max(1).argmax())
-    _precise(f"{path}:{lines[farthest]}", recording)
+    _check_rounding(path, lines, values[:, 2:], recording)
     return recording
 
 
-def _precise(where: str, recording: Recording) -> None:
+def _check_rounding(path: Path, lines: Sequence[int], places: Floats, recording: Recording) -> None:
     """Windows, networks and graphs are float32: what that rounds must be little beside a step."""
     order, steps = _by_agent(recording)
     most = float(np.abs(recording.xy).max())
@@ -85,9 +84,10 @@ def _precise(where: str, recording: Recording) -> None:
         rounded = float(np.spacing(np.float32(most)))
     mean = float(walked.mean()) if len(walked) else 0.0
     if not np.isfinite(rounded) or (mean and rounded > ROUNDED * mean):
+        line = lines[int(np.abs(places).max(1).argmax())]
         raise DataError(
-            f"{where}: expected coordinates near 0, of which float32 keeps a hundredth of a step ({mean:.3g}), found "
-            f"{most:.7g}; subtract an origin from every position, or check data.columns"
+            f"{path}:{line}: expected coordinates near 0, of which float32 keeps a hundredth of a step ({mean:.3g}), "
+            f"found {most:.7g}; subtract an origin from every position, or check data.columns"
         )
 
 

@@ -185,9 +185,6 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
     if name == "ppt_student" and teacher is None and (method.paths or method.destinations or method.features):
         message = "method ppt_student learns from a teacher; add a teacher section, or set"
         faults.append((("teacher",), f"{message} paths, destinations and features to 0"))
-    if name == "ppt_student" and method.features and student.model == "ppt":
-        message = "needs a student with width, feature and decode, which ppt has not (one_shot has them)"
-        faults.append((("method", "features"), f"{message}; set method.features to 0, or choose one_shot"))
     if teacher is not None and teacher.student.hypotheses != student.hypotheses:
         message = f"expected the teacher's {teacher.student.hypotheses} hypotheses, found {student.hypotheses}"
         faults.append((("student", "hypotheses"), message))
@@ -316,7 +313,8 @@ def teacher_scores(run: Any, split: str) -> dict[str, float]:
 
 
 def dry_run(config: Any, data: Data) -> dict[str, str]:
-    """Build the networks, which runs two tracks through each, check the finished PPTs, and describe them."""
+    """Build the networks, which runs two tracks through each, check that the teacher can teach, and describe them."""
+    from toolchain.methods import ppt_student
     from toolchain.tasks import trajectory_nets, trajectory_teacher
     from toolchain.tasks.nets import count_parameters
 
@@ -324,6 +322,8 @@ def dry_run(config: Any, data: Data) -> dict[str, str]:
     for key, section in (("student", config.student), ("teacher", config.teacher and config.teacher.student)):
         if section is not None:
             net = trajectory_nets.build(section, data.info, config.seed)
+            if key == "student" and config.method.name == "ppt_student" and config.method.features:
+                ppt_student.check_feature(net)
             shown[key] = f"{section.model}, {count_parameters(net):,} parameters, {section.hypotheses} hypotheses"
     if config.teacher:
         trajectory_teacher.check_finished(config.teacher, config.section("data"), data.info["unit"])

@@ -189,7 +189,10 @@ def test_too_short_says_how_long_it_is(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"split train: .* shared by 2 people, found none in b: .* has 140 .*lower"):
         own(path, least_agents=2)
     path = walk(tmp_path / "c.txt", agents=1, steps=200, step=20)
-    with pytest.raises(DataError, match=r"longest track without a gap has 1 at 10 .*; check data\.frame_step"):
+    words = (
+        r"longest track without a gap has 1 at 10 .*; check data\.frame_step \(it is 20 or a fraction of it\), lower"
+    )
+    with pytest.raises(DataError, match=words):
         own(path)
 
 
@@ -238,13 +241,6 @@ def test_files_state_follows_the_files(tmp_path: Path) -> None:
     assert files_state(DataSection(source="sdd", path=str(tmp_path))) is None
     walk(tmp_path / "sdd" / "train" / "a.txt", 1, 30)
     assert files_state(DataSection(source="sdd", path=str(tmp_path))) is not None
-
-
-def test_the_step_of_the_frames_is_told_where_there_is_no_window(tmp_path: Path) -> None:
-    path = walk(tmp_path / "a.txt", agents=2, steps=40, step=14)
-    words = r"check data\.frame_step \(it is 14 or a fraction of it\), lower data\.predict"
-    with pytest.raises(DataError, match=words):
-        prepare(DataSection(source="files", path=str(path), frame_step=1))
 
 
 # SDD

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from toolchain import artifact
+from toolchain.artifact import EdgestillError
 from toolchain.config import load, validate
 from toolchain.faults import ConfigError
 from toolchain.tasks import Data, Split, load_task, trajectory
@@ -138,7 +139,6 @@ def fault(path: Path, *overrides: str) -> str:
         ("ppt", ["method.branches=1", "teacher.mirrored=true"], "teacher", "takes the ways of one PPT; remove ens"),
         ("trajectory_demo", ["teacher=null"], "teacher", "or set paths, destinations and features to 0"),
         ("trajectory_demo", ["student.hypotheses=6"], "student.hypotheses", "the teacher's 20 hypotheses, found 6"),
-        ("trajectory_demo", ["student.model=ppt"], "method.features", "which ppt has not (one_shot has them)"),
         ("trajectory_demo", ["student.scale=10"], "student.scale", "the teacher's scale 30, found 10"),
         ("digits", ["method=ppt", "teacher=null"], "method", "ppt is for trajectories"),
         ("digits", ["method=ppt_student"], "method", "ppt_student is for trajectories"),
@@ -163,6 +163,13 @@ def test_a_dry_run_tells_that_paths_are_merged() -> None:
     assert "merged" not in trajectory.dry_run(load(DEMO), found)["teacher"]
     mirrored = load(DEMO, ["teacher.mirrored=true"])
     assert trajectory.dry_run(mirrored, found)["teacher"].endswith("merged with those for the mirror image")
+
+
+def test_a_dry_run_refuses_a_student_that_cannot_be_taught_a_feature() -> None:
+    found = Data({}, {"observe": 8, "predict": 12, "unit": "m"})
+    with pytest.raises(EdgestillError, match=r"features needs a student with .* PPT has not \(one_shot has them\)"):
+        trajectory.dry_run(load(DEMO, ["student.model=ppt"]), found)
+    assert trajectory.dry_run(load(DEMO, ["student.model=ppt", "method.features=0"]), found)
 
 
 def test_without_its_weights_a_student_needs_no_teacher() -> None:
