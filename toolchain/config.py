@@ -175,6 +175,11 @@ def validates_on_test(config: Config) -> bool:
     return getattr(config.data, "validation", None) == "test"
 
 
+def trains_on_validation(config: Config) -> bool:
+    """Whether the validation windows train too: then scores on that split are of what trained."""
+    return getattr(config.data, "validation", None) == "train"
+
+
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     """Read ``path``, apply ``key.sub=value`` overrides, validate. Raises ConfigError with every fault found."""
     path = Path(path)

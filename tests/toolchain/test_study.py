@@ -249,6 +249,13 @@ def test_what_the_test_split_selected_is_never_called_anything_else(
     assert ": test_selected_minADE 0.346, test_selected_minFDE 1.000" in capsys.readouterr().err
 
 
+def test_what_trained_is_not_told_as_a_validation_score(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "trains_on_validation", lambda config: True)
+    row = worked_off(path, monkeypatch, teacher_scores=lambda *_: {"minADE": 0.2})
+    assert set(row["metrics"]) >= {"minADE", "teacher_minADE"}
+    assert not [name for name in row["metrics"] if name.startswith("val_")]
+
+
 def test_students_that_the_test_split_selects_are_not_kept(path: Path) -> None:
     base = DIGITS.with_name("ppt.yaml")
     habit = "{honest: {}, habit: {data.validation: test, train.select: best}}"

@@ -63,6 +63,10 @@ TEST_VALIDATION = (
     "the held-out scene is the validation split too, as in PPT's official code, and the validation windows train: what "
     "is selected by it flatters, and serves only to compare with published figures"
 )
+TRAINED_VALIDATION = (
+    "the validation windows train too: scores on the validation split are of windows that trained, and say nothing of "
+    "others"
+)
 
 NAMED = 3  # recordings that are told by name
 ONE_PACE = (1.0,)
@@ -83,7 +87,9 @@ class DataSection(Section):
     where so many people share them (2: the Social-GAN loader's rule).
 
     ``validation``: ``test`` is the habit of PPT's official code, by which the held-out scene is the validation split
-    too; the validation windows then train. For studies alone, which label what they find ``test_selected_``.
+    too; the validation windows then train. For studies alone, which label what they find ``test_selected_``. ``train``:
+    they train too, once everything has been chosen; the split stays what it was, so that scores on it are of what
+    trained.
 
     Frame ids are ``frame_step`` apart (sdd: 12) for ``seconds_per_step``. ``columns``: names or numbers (from 0) of
     frame, id, x and y. ``metres_per_unit`` makes metres of the files' unit. ``val_fraction`` and ``test_fraction``:
@@ -96,7 +102,7 @@ class DataSection(Section):
 
     source: Literal["simulator", "eth_ucy", "sdd", "files"]
     scene: Literal["eth", "hotel", "univ", "zara1", "zara2"] | None = None
-    validation: Annotated[Literal["split", "test"], Field(exclude_if=lambda value: value == "split")] = "split"
+    validation: Annotated[Literal["split", "train", "test"], Field(exclude_if=lambda value: value == "split")] = "split"
     path: str | None = None
     observe: Annotated[int, Field(ge=2)] = 8
     predict: Positive = 12
@@ -158,6 +164,9 @@ def prepare(section: DataSection) -> Data:
     windows come pace by pace.
     """
     parts, note = READERS[section.source](section)
+    if section.validation == "train":
+        parts["train"] = parts["train"] + parts["val"]
+        note = "; ".join([*filter(None, [note]), TRAINED_VALIDATION])
     info = {key: getattr(section, key) for key in ("source", "unit", "observe", "predict", "seconds_per_step")}
     counts, splits, lost = {}, {}, list[str]()
     for name in PARTS:

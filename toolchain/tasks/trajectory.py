@@ -169,6 +169,9 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
         faults.append(
             (("method",), f"{name} is for pictures; for trajectories choose {' or '.join(sorted(TRAJECTORY))}")
         )
+    if config.data.validation == "train" and config.train.select != "last":
+        message = "expected train.select last, found best, which would select by windows that trained; remove that key"
+        faults.append((("data", "validation"), message))
     if config.data.validation == "test" and config.train.select != "best":
         message = f"expected train.select best, found {config.train.select}: nothing would be selected; remove the key"
         faults.append((("data", "validation"), message))

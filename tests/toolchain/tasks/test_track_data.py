@@ -420,6 +420,9 @@ def test_eth_ucy_is_fetched_when_told_to(home: list[Path], tmp_path: Path) -> No
     for name, array in habit.splits["val"].arrays.items():
         assert np.array_equal(array, habit.splits["test"].arrays[name])
     assert "flatters" in habit.info["note"]
+    refitted = prepare(DataSection(**keys, validation="train"))
+    assert sizes(refitted) == sizes(data) | {"train": 6 * (28 + 77)}
+    assert "scores on the validation split are of windows that trained" in refitted.info["note"]
     (root / home[0]).unlink()
     with pytest.raises(DataError, match=f"1 are missing, {home[0]} first"):
         prepare(DataSection(**keys))
