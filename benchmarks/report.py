@@ -115,7 +115,7 @@ def lineage(inputs: Mapping[str, Path]) -> list[dict[str, Any]]:
     manifests = {role: artifact.read(folder) for role, folder in inputs.items()}
     known = {manifest.id: role for role, manifest in manifests.items()}
     parents = {
-        role: {known.get(entry["id"], name): entry["id"] for name, entry in manifest.inputs.items()}
+        role: {known.get(entry["id"], name): entry["id"] for name, entry in manifest.parents.items()}
         for role, manifest in manifests.items()
     }
     order: list[str] = []

@@ -24,11 +24,13 @@ from numpy.typing import NDArray
 
 from toolchain.artifact import EdgestillError, UsageError
 from toolchain.runtime import Runtime, load
+from toolchain.tasks.datasets import DataError
 from toolchain.tasks.simulator import simulate
-from toolchain.tasks.tracks import Recording, read_tracks
+from toolchain.tasks.tracks import COLUMNS, Recording, read_tracks
 
 Floats = NDArray[np.float32]
 WARM_UP = 10  # calls that are not counted
+OPTIONS = {"data.frame_step": "--frame-step", "data.columns": "--columns", "data.path": "the name"}  # of config keys
 LEAST = 6  # calls that a median can be told from
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 INK, GREY, TRUTH, PATH, TOP = "#1d2733", "#c9d0d8", "#2f8f4e", "#0b6fa4", "#8457aa"
@@ -185,7 +187,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.tracks is None:
             (recording,) = simulate(1)
         else:
-            recording = read_tracks(arguments.tracks, frame_step=arguments.frame_step, scale=arguments.metres_per_unit)
+            recording = read(arguments)
         frames, spent = predict(model, recording, steps)
         unit = model.inputs[0].unit or "unit of the tracks"
         onnx = model.manifest is not None and "model.onnx" in model.manifest.files
@@ -194,6 +196,26 @@ def run(arguments: argparse.Namespace) -> None:
     where = f"threads: {arguments.threads}" if onnx else "on the GPU"
     print(latency(frames, spent, where))
     print(f"{arguments.out}: frame {shown.frame} of {recording.name}, {len(shown.agents)} pedestrians")
+
+
+def read(arguments: argparse.Namespace) -> Recording:
+    """The track file. Raises DataError, in the words of this script's options."""
+    try:
+        return read_tracks(
+            arguments.tracks, arguments.columns, frame_step=arguments.frame_step, scale=arguments.metres_per_unit
+        )
+    except DataError as error:
+        text = str(error)
+        for key, option in OPTIONS.items():
+            text = text.replace(key, option)
+        raise DataError(text) from error
+
+
+def columns(text: str) -> tuple[str | int, ...]:
+    found = tuple(int(name) if name.isdecimal() else name for name in text.split(","))
+    if len(set(found)) != len(COLUMNS):
+        raise argparse.ArgumentTypeError(f"expected four different ones, such as {','.join(COLUMNS)}, found {text}")
+    return found
 
 
 def positive(text: str) -> int:
@@ -217,6 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("paths.png"), help="the picture (default: paths.png)")
     parser.add_argument("--frame", type=int, help="the frame to draw (default: the one with the most pedestrians)")
     parser.add_argument("--frame-step", type=positive, default=10, help="frame ids between two positions (default: 10)")
+    parser.add_argument(
+        "--columns", type=columns, default=COLUMNS, help="names or numbers (from 0) of frame, id, x and y, with commas"
+    )
     parser.add_argument("--metres-per-unit", type=metres, default=1.0, help="makes metres of x and y (default: 1)")
     parser.add_argument("--threads", type=positive, default=1, help="threads of ONNX Runtime (default: 1)")
     arguments = parser.parse_args(argv)

@@ -23,6 +23,7 @@ from typing import Any
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+MOST_THREADS = 1024
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -83,6 +84,11 @@ class Manifest:
         """sha256 of the content: files, ports and stage, not time or host."""
         files = {name: entry["sha256"] for name, entry in self.files.items()}
         return digest({"stage": self.stage, "files": files, "ports": self.ports})
+
+    @property
+    def parents(self) -> dict[str, dict[str, str]]:
+        """Path and id of each artifact it was made of: its ``inputs``, and the finished runs that its config names."""
+        return {**self.inputs, **self.extra.get("sources", {})}
 
     @property
     def inputs_ports(self) -> list[Port]:

@@ -18,11 +18,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("expected the name of a folder, found none (an unset variable?); name one")
+    return Path(text)
+
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML config of a pipeline.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.epochs=5.")
 ]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder to write to.", show_default=False)]
+Out = Annotated[
+    Path | None, typer.Option("--out", parser=_folder, metavar="FOLDER", help="Folder to write to.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check config, data, teacher taps and shapes; train nothing.")]

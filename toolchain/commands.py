@@ -265,12 +265,13 @@ def lineage(folder: Path, manifest: Manifest) -> list[dict[str, Any]]:
     queue = [(folder, manifest)]
     while queue:
         place, current = queue.pop(0)
-        for role, entry in current.inputs.items():
+        for role, entry in current.parents.items():
             if entry["id"] in found:
                 continue
             recorded = Path(entry["path"])
             path, state = recorded, "absent"
-            for candidate in (recorded, place.parent / recorded.name):  # where it was, or beside, in a copied run
+            beside = [place.parent / recorded.name] if role in current.inputs else []  # in a copied run
+            for candidate in (recorded, *beside):
                 if state != "unchanged" and artifact.is_whole(candidate):
                     path, parent = candidate, artifact.read(candidate)
                     state = "unchanged" if parent.id == entry["id"] else "changed since"

@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from toolchain.artifact import digest
+from toolchain.artifact import MOST_THREADS, digest
 from toolchain.faults import ConfigError, Fault, allowed, checked, kind, told
 from toolchain.methods.options import OPTIONS
 from toolchain.section import Section
 
 Precision = Literal["fp32", "fp16", "int8-cpu", "int8-trt"]
 Positive = Annotated[int, Field(ge=1)]
+Threads = Annotated[int, Field(ge=1, le=MOST_THREADS)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -45,7 +46,7 @@ class TrainSection(Section):
     select: Literal["last", "best"] = "last"
     score_every: Positive = 1
     checkpoint_seconds: Annotated[float, Field(gt=0)] = 30.0
-    threads: Positive | None = None
+    threads: Threads | None = None
     processes: Positive = 1
 
 
@@ -131,7 +132,7 @@ class BenchSection(Section):
     seconds: Annotated[float, Field(gt=0)] = 1.0
     rounds: Positive = 5
     warmup_ms: Annotated[float, Field(ge=0)] = 200.0
-    threads: Positive = 2
+    threads: Threads = 2
     paced_fps: Annotated[float, Field(gt=0)] = 30.0
     paced_seconds: Annotated[float, Field(ge=0)] = 2.0
     provider: Literal["cpu", "cuda", "tensorrt"] = "cpu"
@@ -192,7 +193,11 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
     """A YAML mapping and the line of each key. Raises ConfigError, for a key given twice too."""
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: expected a text file in UTF-8, found other bytes ({error}); save it anew"
+        ) from error
+    except (OSError, ValueError) as error:
         near = (
             difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
             if path.parent.is_dir()

@@ -143,8 +143,10 @@ def load(folder: Path | str, *, provider: str = "cpu", threads: int | None = Non
     folder = Path(folder)
     if provider not in PROVIDERS:
         raise RuntimeLoadError(f"provider {provider!r} is unknown; choose one of {', '.join(PROVIDERS)}")
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise RuntimeLoadError(f"threads: expected an integer of at least 1 or None, found {threads!r}")
+    if threads is not None and (not isinstance(threads, int) or not 1 <= threads <= artifact.MOST_THREADS):
+        raise RuntimeLoadError(
+            f"threads: expected an integer from 1 to {artifact.MOST_THREADS} or None, found {threads!r}"
+        )
     manifest = artifact.verify(folder)
     if not manifest.inputs_ports or not manifest.outputs_ports:
         raise RuntimeLoadError(

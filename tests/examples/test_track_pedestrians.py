@@ -141,7 +141,8 @@ def test_a_gap_of_the_whole_recording_begins_anew(example: ModuleType, model: Pa
             2,
             "--frame 3: nothing was predicted there; give one of 23 from 70 to",
         ),
-        (["{model}", "{tracks}", "--frame-step", "7"], 1, "data.frame_step"),
+        (["{model}", "{tracks}", "--frame-step", "7"], 1, "or set --frame-step: 10 divides"),
+        (["{model}", "{tracks}", "--columns", "0,1,2,4"], 1, "expected a column 4, found 4 columns; --columns counts"),
         (["{model}", "{short}"], 1, "nobody was in view for 8 frames without a gap"),
         (["{model}", "nowhere.txt"], 1, "nowhere.txt: expected a track file, found nothing there"),
         (["nowhere"], 1, "nowhere"),
@@ -177,6 +178,27 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_predicted(
 def test_a_unit_is_above_0(example: ModuleType, value: str) -> None:
     with pytest.raises(SystemExit):
         example.main(["nowhere", f"--metres-per-unit={value}"])
+
+
+@pytest.mark.parametrize("value", ["frame,id,x", "0,1,1,2"])
+def test_columns_are_four(example: ModuleType, value: str) -> None:
+    with pytest.raises(SystemExit):
+        example.main(["nowhere", f"--columns={value}"])
+
+
+def test_columns_of_a_tracker(
+    example: ModuleType, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [line.split() for line in walkers().splitlines()]
+    text = "\n".join(["x,y,track,time", *(f"{x},{y},{agent},{frame}" for frame, agent, x, y in rows)])
+    (tmp_path / "t.csv").write_text(text)
+    (tmp_path / "t.txt").write_text(walkers())
+    told = []
+    for name, more in (("t.txt", []), ("t.csv", ["--columns", "time,track,x,y"])):
+        assert example.main([str(model), str(tmp_path / name), "--out", str(tmp_path / "p.svg"), *more]) == 0
+        told.append(capsys.readouterr().out.splitlines()[-1])
+    assert told[0] == told[1]
+    assert told[0].endswith("of t, 2 pedestrians")
 
 
 def test_a_model_of_another_task_is_refused(example: ModuleType) -> None:

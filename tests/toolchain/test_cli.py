@@ -76,6 +76,7 @@ def test_a_wrong_config_exits_2_without_a_traceback(verb: str) -> None:
         (["report", "configs"], 2, "expected the folder of a run"),
         (["inspect", "configs"], 1, "no manifest.json"),
         (["study", "no/such.yaml"], 2, "cannot be read"),
+        (["run", DIGITS, "--out", ""], 2, "expected the name of a folder, found none"),
         (["rnu"], 2, "No such command"),
     ],
 )

@@ -87,6 +87,7 @@ def test_all_faults_are_reported_together(tmp_path: Path) -> None:
         ("name=../up", "name"),
         ("seed=yes", "seed: expected a number, not true or false, found True"),
         ("train.threads=true", "train.threads: expected a number"),
+        ("bench.threads=100000", "bench.threads: "),
         ("train.clip=true", "train.clip: expected a number"),
         ("bench.batches=[true]", "bench.batches: expected a number"),
         ("export.parity.limits.fp16.max_difference=yes", "export.parity.limits.fp16.max_difference: expected a number"),
@@ -200,6 +201,13 @@ def test_malformed_configs_never_end_in_a_traceback(config: dict[Any, Any]) -> N
         assert isinstance(validate(config), Config)
     except ConfigError as error:
         assert str(error).strip()
+
+
+def test_another_encoding_is_told_without_a_guess_of_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "any.yaml"
+    path.write_text("name: a", encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"any\.yaml: expected a text file in UTF-8, .*; save it anew$"):
+        load(path)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))

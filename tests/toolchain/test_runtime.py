@@ -221,7 +221,7 @@ def test_ports_must_be_the_graphs(tmp_path: Path, inputs: list[Port], outputs: l
 def test_wrong_arguments_and_folders_without_a_model(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(RuntimeLoadError, match="provider 'gpu' is unknown; choose one of cpu, cuda, tensorrt"):
         load(folder, provider="gpu")
-    with pytest.raises(RuntimeLoadError, match="threads: expected an integer"):
+    with pytest.raises(RuntimeLoadError, match="threads: expected an integer from 1 to 1024"):
         load(folder, threads=0)
     write(tmp_path / "data", {"train.npy": b"x"}, INPUTS, OUTPUTS)
     with pytest.raises(RuntimeLoadError, match=r"expected model.onnx or model.engine, found train.npy"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,7 +34,6 @@ SUFFIXES = (".txt", ".csv", ".tsv")
 PARTS = ("train", "val", "test")
 MEANT_FOR: dict[str, tuple[str, ...]] = {
     "scene": ("eth_ucy",),
-    "validation": ("eth_ucy",),
     "download": ("eth_ucy",),
     "path": ("files", "eth_ucy", "sdd"),
     "columns": ("files",),
@@ -136,6 +137,11 @@ class DataSection(Section):
                 raise ValueError(
                     f"{key} has no meaning with source {self.source}, only {', '.join(sources)}; remove it"
                 )
+        if self.validation == "test" and self.source != "eth_ucy":
+            raise ValueError(
+                "validation test is the habit of the published figures of eth_ucy; choose split, or train where "
+                "everything has been chosen"
+            )
         for key, expected in FIXED.get(self.source, {}).items():
             if getattr(self, key) != expected:
                 raise ValueError(f"source {self.source} has {key} {expected}, found {getattr(self, key)}; remove {key}")
@@ -380,7 +386,9 @@ def _folder(section: DataSection, folder: Path) -> list[Recording]:
             raise DataError(f"{path}: expected track files ({', '.join(SUFFIXES)}); rename it, or move it elsewhere")
     if not files:
         raise DataError(f"{folder}: expected track files ({', '.join(SUFFIXES)}), found none; add some")
-    return [_read(section, path) for path in files]
+    stems = Counter(path.stem for path in files)
+    found = [(path, _read(section, path)) for path in files]
+    return [replace(recording, name=path.name) if stems[path.stem] > 1 else recording for path, recording in found]
 
 
 def _read(section: DataSection, path: Path) -> Recording:

@@ -175,6 +175,9 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
     if config.data.validation == "test" and config.train.select != "best":
         message = f"expected train.select best, found {config.train.select}: nothing would be selected; remove the key"
         faults.append((("data", "validation"), message))
+    if config.data.predict < 2 and "ppt" in (student.model, teacher and teacher.student.model):
+        message = "expected at least 2 steps for a PPT, which fills the way to a destination, found 1; raise it"
+        faults.append((("data", "predict"), message))
     if name == "ppt" and student.model != "ppt":
         faults.append((("student", "model"), f"method ppt trains the network ppt, found {student.model}"))
     if name == "ppt" and method.winners > student.hypotheses:

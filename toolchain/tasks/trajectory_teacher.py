@@ -10,7 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from toolchain.artifact import ArtifactError, EdgestillError, Manifest, create, is_whole, read, verify, versions
+from toolchain.artifact import (
+    ArtifactError,
+    EdgestillError,
+    Manifest,
+    create,
+    inputs_of,
+    is_whole,
+    read,
+    verify,
+    versions,
+)
 from toolchain.checkpoint import save_tensors
 from toolchain.config import validate
 from toolchain.stage import Job, console, progress
@@ -62,6 +72,9 @@ def teach(job: Job) -> None:
         draft.metrics = {"val": val}
         draft.versions = versions("torch", "accelerate", "safetensors", "numpy")
         draft.extra = {"info": data.info, "parameters": count_parameters(net), "stages": stages}
+        named = {"teacher.folder": section.folder} if section.folder is not None else {}
+        named |= {f"teacher.ensemble[{k}]": folder for k, folder in enumerate(section.ensemble)}
+        draft.extra["sources"] = inputs_of({role: Path(folder) for role, folder in named.items()})
         if section.merges:
             draft.extra["ensemble"] = [member.model_dump(mode="json") for member in members]
     metres = unit_of(trajectory, data.info)

@@ -64,6 +64,7 @@ def sizes(data: Data) -> dict[str, int]:
         ({"source": "sdd", "unit": "m"}, "source sdd is in pixels: unit m needs metres_per_unit"),
         ({"source": "simulator", "frame_step": 5}, "source simulator has frame_step 10, found 5; remove frame_step"),
         ({"source": "files", "path": "p", "recordings": 3}, "recordings has no meaning with source files"),
+        ({"source": "simulator", "validation": "test"}, "validation test is the habit of the published figures of eth"),
         ({"source": "simulator", "path": "p"}, "path has no meaning with source simulator"),
         ({"source": "files", "path": "p", "unit": "px", "metres_per_unit": 2}, "unit is px; set unit: m, or remove"),
         ({"source": "files", "path": "p", "columns": ["a", "b", "b", "c"]}, "columns: expected four different ones"),
@@ -281,6 +282,8 @@ def test_people_without_a_window_are_told(tmp_path: Path) -> None:
     )
     assert sizes(data)["train"] == 5
     assert "without a gap at stride 2 for 1 of 2 people" in own(tmp_path, stride=2).info["note"]
+    (tmp_path / "train" / "a.csv").write_text("\n".join(kept))
+    assert all(f"train, {name}: no" in own(tmp_path).info["note"] for name in ("a.csv", "a.txt"))
 
 
 def test_training_windows_are_cut_at_every_pace(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.toolchain.methods.doubles import same, weights
 from tests.toolchain.methods.walks import METHOD, NET, OBSERVE, PREDICT, WIDTH, K, config, tiny_run, write_data
 from toolchain import artifact
 from toolchain.artifact import ArtifactError
+from toolchain.commands import lineage
 from toolchain.distill import run as distil
 from toolchain.stage import Job
 from toolchain.tasks import load_data, trajectory
@@ -257,6 +259,20 @@ def test_a_teacher_trained_here_leads_an_ensemble(root: Path, more: Path, tmp_pa
     assert same(weights(net.members[0]), weights(trajectory.load_teacher(root / "teacher")))
     assert same(weights(net.members[1]), weights(trajectory.load_student(more)))
     assert not net.mirrored
+
+
+def test_the_finished_ppts_are_in_the_lineage_and_are_sought_where_they_were(
+    other: Path, more: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "data").symlink_to(other / "data")
+    made = made_of(tmp_path, **ensemble(other, ensemble=[str(more)]))
+    states = {found["role"]: found["state"] for found in lineage(made, artifact.read(made))}
+    assert states == {"data": "unchanged", "teacher.folder": "unchanged", "teacher.ensemble[0]": "unchanged"}
+    gone = made_of(tmp_path, **ensemble(other, ensemble=[str(shutil.copytree(more, tmp_path / "gone" / "student"))]))
+    shutil.rmtree(tmp_path / "gone")
+    shutil.copytree(other / "student", tmp_path / "student")  # the run's own, where an input would be sought
+    states = {found["role"]: found["state"] for found in lineage(gone, artifact.read(gone))}
+    assert states["teacher.ensemble[0]"] == "absent"
 
 
 def test_one_ppt_and_its_mirror_image_are_an_ensemble(other: Path, tmp_path: Path) -> None:
