@@ -215,23 +215,23 @@ class Pipeline:
         return Job(stage.name, self.root / stage.name, stage.config, inputs)
 
     def stale(self, stage: Stage) -> str | None:
-        """Why ``stage`` must be made, or None. Raises ArtifactError."""
+        """Why ``stage`` must be made, or None. Raises ArtifactError where what would be reused is damaged."""
         job = self.job(stage)
         for role, folder in job.inputs.items():
             if not artifact.is_whole(folder):
                 return f"{role} is not there"
         with _remedied():
-            return artifact.stale_reason(job.out, stage=job.stage, config=job.config, inputs=job.inputs)
+            reason = artifact.stale_reason(job.out, stage=job.stage, config=job.config, inputs=job.inputs)
+            if reason is None:
+                artifact.verify(job.out)
+        return reason
 
     def _step(self, stage: Stage, outcome: Outcome) -> None:
         lost = [name for name in stage.inputs.values() if name in outcome.failed]
         if lost:
             outcome.failed[stage.name] = f"{lost[0]} failed"
             return
-        reason = self.stale(stage)
-        if reason is None:
-            with _remedied():
-                artifact.verify(self.root / stage.name)
+        if (reason := self.stale(stage)) is None:
             console.print(f"[dim]{stage.name:<24} reused[/]")
             outcome.reused.append(stage.name)
             return

@@ -131,7 +131,7 @@ def main(run: Callable[[Job], None], argv: Sequence[str] | None = None) -> None:
         raise SystemExit(WRONG_USE)
     path = Path(arguments[0])
     job = Job.from_json(path.read_text(encoding="utf-8"))
-    signal.signal(signal.SIGTERM, _terminated)
+    before = signal.signal(signal.SIGTERM, _terminated)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         run(job)
@@ -144,6 +144,8 @@ def main(run: Callable[[Job], None], argv: Sequence[str] | None = None) -> None:
         if debug:
             raise
         raise SystemExit(FAILED) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _unexpected(job: Job, error: Exception) -> str:

@@ -110,6 +110,9 @@ def test_a_damaged_artifact_stops_the_run(tmp_path: Path, name: str, words: str)
     (tmp_path / "run" / "b" / name).write_text("aX")
     with pytest.raises(artifact.ArtifactError, match=rf"{words}.*remove that folder, and run the same command again"):
         chain(tmp_path / "run").run("d")
+    pipeline = chain(tmp_path / "run")
+    with pytest.raises(artifact.ArtifactError, match=words):
+        pipeline.stale(pipeline.stages[1])
 
 
 def test_an_optional_stage_may_fail_and_says_why(tmp_path: Path) -> None:
