@@ -346,7 +346,9 @@ def _files(section: DataSection) -> tuple[Recordings, str | None]:
         )
     if "train" not in folders:
         raise DataError(f"{root}: expected a folder train beside {', '.join(folders)}; add it")
-    return _by_time(section, {part: _folder(section, folder) for part, folder in folders.items()}), None
+    beside = [path.name for path in sorted(root.iterdir()) if path.suffix.lower() in SUFFIXES and path.is_file()]
+    note = f"not read, since it lies beside the folders: {', '.join(beside)}" if beside else None
+    return _by_time(section, {part: _folder(section, folder) for part, folder in folders.items()}), note
 
 
 READERS: Mapping[str, Callable[[DataSection], tuple[Recordings, str | None]]] = {

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
-import http.server
 import io
 import struct
 import tarfile
-import threading
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.toolchain.tasks.image_doubles import RNG, write_classes, write_image
+from tests.toolchain.tasks.public_home import served
 from toolchain import download
 from toolchain.tasks import readers
 from toolchain.tasks.classification import DataSection, prepare
@@ -149,25 +146,13 @@ def test_without_any_setting_data_is_kept_in_the_cache(tmp_path: Path, monkeypat
     assert len(prepare(DataSection(source="mnist")).splits["test"]) == 20
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
 def test_download_true_fetches_from_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contents = write_idx(tmp_path / "home")
     monkeypatch.setattr(readers, "SYSTEM", tmp_path / "none")
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "home")) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-        home = f"http://127.0.0.1:{server.server_port}"
-        files = tuple(
-            download.Remote(f"{home}/{name}", hashlib.sha256(data).hexdigest(), len(data))
-            for name, data in contents.items()
-        )
+    with served(tmp_path / "home", [Path(name) for name in contents]) as files:
         monkeypatch.setitem(download.PUBLIC, "fashion_mnist", files)
         keys: dict[str, Any] = {"source": "fashion_mnist", "path": str(tmp_path / "data")}
         data = prepare(DataSection(**keys, download=True))
-        server.shutdown()
     assert len(data.splits["test"]) == 20
     assert sorted(p.name for p in (tmp_path / "data/vision/fashion_mnist").iterdir()) == sorted(contents)
     assert len(prepare(DataSection(**keys)).splits["test"]) == 20

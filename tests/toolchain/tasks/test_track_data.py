@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import hashlib
-import http.server
 import os
 import shutil
-import threading
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +10,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from tests.toolchain.tasks.public_home import served
 from toolchain import download
 from toolchain.tasks import Data
 from toolchain.tasks.datasets import DataError
@@ -284,6 +281,8 @@ def test_people_without_a_window_are_told(tmp_path: Path) -> None:
     assert "without a gap at stride 2 for 1 of 2 people" in own(tmp_path, stride=2).info["note"]
     (tmp_path / "train" / "a.csv").write_text("\n".join(kept))
     assert all(f"train, {name}: no" in own(tmp_path).info["note"] for name in ("a.csv", "a.txt"))
+    walk(tmp_path / "late.txt", agents=2, steps=9)
+    assert own(tmp_path).info["note"].startswith("not read, since it lies beside the folders: late.txt; train, a.csv")
 
 
 def test_training_windows_are_cut_at_every_pace(tmp_path: Path) -> None:
@@ -383,31 +382,15 @@ def test_windows_of_eth_are_of_few_people(data_root: Path) -> None:
     assert (windows.sum(), len(windows), windows.max()) == (364, 44, 95)
 
 
-def serve(folder: Path) -> http.server.ThreadingHTTPServer:
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
-    return server
-
-
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A small copy of the public home, and its files in the place of the real ones."""
     places = [Path(*remote.url.split("/")[-3:]) for remote in download.PUBLIC["eth_ucy/zara1"]]
     for i, place in enumerate(places):
         walk(tmp_path / "home" / place, agents=i + 1, steps=25)
-    with serve(tmp_path / "home") as server:
-        files = []
-        for place in places:
-            content = (tmp_path / "home" / place).read_bytes()
-            url = f"http://127.0.0.1:{server.server_port}/{place.as_posix()}"
-            files.append(download.Remote(url, hashlib.sha256(content).hexdigest(), len(content)))
-        monkeypatch.setitem(download.PUBLIC, "eth_ucy/zara1", tuple(files))
+    with served(tmp_path / "home", places) as files:
+        monkeypatch.setitem(download.PUBLIC, "eth_ucy/zara1", files)
         yield places
-        server.shutdown()
 
 
 def test_eth_ucy_is_fetched_when_told_to(home: list[Path], tmp_path: Path) -> None:
