@@ -163,7 +163,9 @@ class PPT(Section):
     1/stretch..stretch, log-uniformly, anew in each epoch. ``balance``: windows are drawn from the recordings in
     proportion to their sizes to the power of 1 - balance: 0 as they come, 1 as many from each. ``jitter``: the
     observed positions of half of the windows get normal noise, whose standard deviation in the data's unit is drawn
-    from 0..jitter for each window, anew in each epoch; what task I is to predict of them is noisy, too.
+    from 0..jitter for each window, anew in each epoch; what task I is to predict of them is noisy, too. ``rotate``:
+    beside being shown in one of the augmentation's five versions, every window is turned by any angle, drawn anew in
+    each epoch.
     """
 
     name: Literal["ppt"]
@@ -182,6 +184,7 @@ class PPT(Section):
     stretch: Annotated[float, Field(ge=1)] = 1.0
     balance: Balance = 0.0
     jitter: Jitter = 0.0
+    rotate: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     test_selected: bool = False
 
     @field_validator("step", "warmup", "destination", "complete", mode="before")

@@ -33,6 +33,8 @@ Deliberate deviations, each a key of the config but for what counts as an epoch:
   UNIV's.
 - ``jitter``: half of the windows are seen with noise; the tracks of three of ETH/UCY's five scenes were interpolated
   between sparse positions, and those of the other two are noisy.
+- ``rotate``: windows at any angle; a camera may look from anywhere, and PPT knows those of the training scenes and
+  their quarter turns.
 - ``student.align_heading``: tracks are turned to the observed direction of travel, and predictions back.
 - ``branches``: the path to one further candidate, drawn anew in every step, follows the one that the config's teacher
   predicts for it; the official code leaves the other K - 1 paths without supervision.

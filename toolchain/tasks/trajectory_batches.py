@@ -56,7 +56,7 @@ class TrajectoryBatches(Batches):
     the observed positions are noisy, and all are relative to the noisy last one; ``stretch`` leaves the noise alone.
 
     ``extra`` adds named float32 arrays (V, N, ...) for the ``count`` V versions that ``versions`` gives. They are not
-    stretched, so they and ``stretch`` (see ``methods.options.PPT``) exclude each other.
+    stretched or turned, so they and ``stretch`` or ``rotate`` (see ``methods.options.PPT``) exclude each other.
     """
 
     def __init__(self, run: Run, extra: Mapping[str, Array] | None = None, count: int = len(VERSIONS)) -> None:
@@ -66,6 +66,7 @@ class TrajectoryBatches(Batches):
         self.observe = int(run.data.info["observe"])
         arrays = {"track": versions(normalised(train, self.scale), count)} | dict(extra or {})
         self.versions, self.stretch = count, float(getattr(run.cfg.method, "stretch", 1.0))
+        self.rotate = bool(getattr(run.cfg.method, "rotate", False))
         self.jitter = self.scale * float(getattr(run.cfg.method, "jitter", 0.0))
         self.arrays = {name: torch.from_numpy(np.array(a)).flatten(0, 1).to(run.device) for name, a in arrays.items()}
         self._drawn: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
@@ -104,6 +105,11 @@ class TrajectoryBatches(Batches):
             drawn = np.random.default_rng((self.seed, epoch, 2)).uniform(-1, 1, self.count)[index]
             factor = torch.from_numpy(self.stretch**drawn).to(batch["track"])
             batch["track"] = batch["track"] * factor[:, None, None]
+        if self.rotate:
+            angle = np.random.default_rng((self.seed, epoch, 5)).uniform(0, 2 * np.pi, self.count)[index]
+            cosine, sine = (torch.from_numpy(part(angle)).to(batch["track"]) for part in (np.cos, np.sin))
+            turn = torch.stack([cosine, -sine, sine, cosine], -1).view(-1, 2, 2)
+            batch["track"] = batch["track"] @ turn.mT
         if self.jitter:
             noise = torch.from_numpy(self.noise_of(epoch)[index]).to(batch["track"])
             shift = noise[:, -1:]

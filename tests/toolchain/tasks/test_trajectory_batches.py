@@ -85,6 +85,24 @@ def test_a_stretched_window_keeps_its_form(tmp_path: Path, run: Run) -> None:
     assert not torch.equal(*factors)
 
 
+def test_a_turned_window_keeps_its_form_and_size(tmp_path: Path, run: Run) -> None:
+    turned = TrajectoryBatches(tiny_run(tmp_path, config(METHOD | {"rotate": True})))
+    index = np.arange(24)
+    angles = []
+    for epoch in (0, 1):
+        before, after = (
+            torch.view_as_complex(batches.gather(index, epoch)["track"].contiguous())
+            for batches in (TrajectoryBatches(run), turned)
+        )
+        turn = after[:, -1:] / before[:, -1:]
+        torch.testing.assert_close(after, before * turn, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(turn.abs(), torch.ones_like(turn.abs()))
+        torch.testing.assert_close(torch.view_as_complex(turned.gather(index[5:7], epoch)["track"]), after[5:7])
+        angles.append(turn.angle())
+        assert all(((angles[-1] > low) & (angles[-1] < low + 1.6)).any() for low in (-3.2, -1.6, 0, 1.6))
+    assert not torch.equal(*angles)
+
+
 def test_jitter_moves_what_half_of_the_people_were_seen_to_do_and_leaves_where_they_went(tmp_path: Path) -> None:
     count, paths = 400, np.zeros((1, 400, K, PREDICT, 2), np.float32)
     scale = 20.0
