@@ -112,7 +112,8 @@ class TeacherSection(Section):
     instead of a training. ``ensemble``: more such artifacts, of any PPT with as many hypotheses and the same scale; the
     paths of all are merged into K (see ``trajectory_ensemble``). ``mirrored``: each of them predicts the mirror
     image of a track too. ``versions``: in how many of the five versions of PPT's augmentation, drawn for each training
-    window, the teacher predicts it for the student.
+    window, the teacher predicts it for the student; with ``rotate`` each of them is turned by any angle, too, which is
+    for a teacher that was trained so (``method.rotate``).
     """
 
     student: StudentSection = Field(default_factory=_published)
@@ -122,6 +123,7 @@ class TeacherSection(Section):
     ensemble: Annotated[tuple[str, ...], Field(exclude_if=lambda value: not value)] = ()
     mirrored: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     versions: Annotated[int, Field(ge=1, le=5)] = 5
+    rotate: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
 
     @property
     def merges(self) -> bool:

@@ -36,12 +36,26 @@ def normalised(split: Split, scale: float) -> NDArray[np.float32]:
     return relative
 
 
-def versions(tracks: NDArray[np.float32], count: int = len(VERSIONS), seed: int = 0) -> NDArray[np.float32]:
-    """(N, T, 2) -> (count, N, T, 2): ``count`` of the five versions of each track, drawn from ``seed``."""
-    chosen = np.random.default_rng(seed).permuted(np.tile(np.arange(len(VERSIONS)), (len(tracks), 1)), axis=1)
+def versions(
+    tracks: NDArray[np.float32], count: int = len(VERSIONS), seed: int = 0, *, rotate: bool = False
+) -> NDArray[np.float32]:
+    """(N, T, 2) -> (count, N, T, 2): ``count`` of the five versions of each track, drawn from ``seed``; with ``rotate``
+    each is turned by an angle of its own, too."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.permuted(np.tile(np.arange(len(VERSIONS)), (len(tracks), 1)), axis=1)
     chosen = np.sort(chosen[:, :count], axis=1).T
-    found: NDArray[np.float32] = np.einsum("vnij,ntj->vnti", VERSIONS[chosen], tracks)
+    turn = VERSIONS[chosen]
+    if rotate:
+        turn = rotations(rng.uniform(0, 2 * np.pi, chosen.shape)) @ turn
+    found: NDArray[np.float32] = np.einsum("vnij,ntj->vnti", turn, tracks)
     return found
+
+
+def rotations(angles: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The matrices (..., 2, 2) that turn points by ``angles`` (...)."""
+    cosine, sine = np.cos(angles), np.sin(angles)
+    found: NDArray[np.float32] = np.stack([cosine, -sine, sine, cosine], -1).astype(np.float32)
+    return found.reshape(*angles.shape, 2, 2)
 
 
 def scale_of(run: Run) -> float:
@@ -55,16 +69,18 @@ class TrajectoryBatches(Batches):
     With ``balance`` (see ``methods.options.PPT``) an epoch has as many windows, drawn with replacement; with ``jitter``
     the observed positions are noisy, and all are relative to the noisy last one; ``stretch`` leaves the noise alone.
 
-    ``extra`` adds named float32 arrays (V, N, ...) for the ``count`` V versions that ``versions`` gives. They are not
-    stretched or turned, so they and ``stretch`` or ``rotate`` (see ``methods.options.PPT``) exclude each other.
+    ``extra`` adds named float32 arrays (V, N, ...) for the ``count`` V versions that ``versions`` gives, ``turned`` or
+    not. They are left as they are, which ``stretch`` and ``rotate`` (see ``methods.options.PPT``) exclude.
     """
 
-    def __init__(self, run: Run, extra: Mapping[str, Array] | None = None, count: int = len(VERSIONS)) -> None:
+    def __init__(
+        self, run: Run, extra: Mapping[str, Array] | None = None, count: int = len(VERSIONS), *, turned: bool = False
+    ) -> None:
         train = run.data.splits["train"]
         super().__init__(len(train), run.cfg.train.batch_size, self.gather, seed=run.cfg.seed)
         self.scale = scale_of(run)
         self.observe = int(run.data.info["observe"])
-        arrays = {"track": versions(normalised(train, self.scale), count)} | dict(extra or {})
+        arrays = {"track": versions(normalised(train, self.scale), count, rotate=turned)} | dict(extra or {})
         self.versions, self.stretch = count, float(getattr(run.cfg.method, "stretch", 1.0))
         self.rotate = bool(getattr(run.cfg.method, "rotate", False))
         self.jitter = self.scale * float(getattr(run.cfg.method, "jitter", 0.0))
@@ -107,9 +123,7 @@ class TrajectoryBatches(Batches):
             batch["track"] = batch["track"] * factor[:, None, None]
         if self.rotate:
             angle = np.random.default_rng((self.seed, epoch, 5)).uniform(0, 2 * np.pi, self.count)[index]
-            cosine, sine = (torch.from_numpy(part(angle)).to(batch["track"]) for part in (np.cos, np.sin))
-            turn = torch.stack([cosine, -sine, sine, cosine], -1).view(-1, 2, 2)
-            batch["track"] = batch["track"] @ turn.mT
+            batch["track"] = batch["track"] @ torch.from_numpy(rotations(angle)).to(batch["track"]).mT
         if self.jitter:
             noise = torch.from_numpy(self.noise_of(epoch)[index]).to(batch["track"])
             shift = noise[:, -1:]
@@ -191,4 +205,5 @@ def batches(run: Run, *wanted: str) -> TrajectoryBatches:
     from toolchain.tasks.trajectory_teacher import load_predictions
 
     found = load_predictions(run.inputs["predictions"], run.inputs["data"], run.cfg.section("data", "teacher"))
-    return TrajectoryBatches(run, {name: found[name] for name in wanted}, run.cfg.teacher.versions)
+    teacher, extra = run.cfg.teacher, {name: found[name] for name in wanted}
+    return TrajectoryBatches(run, extra, teacher.versions, turned=teacher.rotate)

@@ -69,6 +69,15 @@ def test_every_epoch_shows_every_window_once_in_a_version_drawn_anew(run: Run) -
     np.testing.assert_array_equal(again.version_of(0), shown[0])
 
 
+def test_turned_versions_keep_their_form_and_have_an_angle_each() -> None:
+    tracks = np.random.default_rng(0).normal(size=(30, 5, 2)).astype(np.float32)
+    plain, turned = (versions(tracks, 2, rotate=rotate) for rotate in (False, True))
+    turn = turned.view(np.complex64) / plain.view(np.complex64)
+    np.testing.assert_allclose(turn, np.broadcast_to(turn[:, :, :1], turn.shape), atol=1e-4)
+    np.testing.assert_allclose(np.abs(turn), 1, atol=1e-5)
+    assert len(np.unique(np.angle(turn[:, :, 0]).round(3))) > 50
+
+
 def test_a_stretched_window_keeps_its_form(tmp_path: Path, run: Run) -> None:
     stretched = TrajectoryBatches(tiny_run(tmp_path, config(METHOD | {"stretch": 2.0})))
     index = np.arange(24)

@@ -85,12 +85,12 @@ def test_the_teacher_is_a_ppt_trained_in_all_its_stages(root: Path) -> None:
     assert manifest.extra["parameters"] == sum(parameter.numel() for parameter in net.parameters())
 
 
-@pytest.mark.parametrize("count", [5, 2])
+@pytest.mark.parametrize(("count", "rotate"), [(5, False), (2, False), (2, True)])
 def test_predictions_are_what_the_teacher_says_live_for_the_version_that_is_shown(
-    root: Path, tmp_path: Path, count: int
+    root: Path, tmp_path: Path, count: int, rotate: bool
 ) -> None:
     inputs = {name: root / name for name in ("data", "teacher")}
-    teacher = TEACHER | {"versions": count}
+    teacher = TEACHER | {"versions": count, "rotate": rotate}
     trajectory.predictions(Job("predictions", tmp_path / "predictions", sections(**teacher), inputs))
     inputs["predictions"] = tmp_path / "predictions"
     run = tiny_run(tmp_path, config({"name": "ppt_student"}, teacher=teacher), inputs)
