@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from toolchain.artifact import digest, sha256
 from toolchain.download import PUBLIC, fetch
+from toolchain.faults import allowed
 from toolchain.section import Section
 from toolchain.tasks import Arrays, Data, Split
 from toolchain.tasks.datasets import DataError, data_root
@@ -69,12 +70,14 @@ TRAINED_VALIDATION = (
     "others"
 )
 
+TURNED = "tracks are turned so that people walk along x (data.walk_axis), and the graph wants them so"
 NAMED = 3  # recordings that are told by name
 ONE_PACE = (1.0,)
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 Pace = Annotated[float, Field(ge=0.2, le=5)]
+Degrees = Annotated[float, Field(ge=-180, le=180)]
 Column = Annotated[int, Field(ge=0, strict=True)] | Annotated[str, Field(min_length=1)]
 Recordings = dict[str, list[Recording]]
 
@@ -97,6 +100,9 @@ class DataSection(Section):
     what is cut from the end of every recording where a source has no such split (sdd: tracks drawn from ``seed``).
     ``paces``: training windows are cut at each of these multiples of the time step, positions interpolated, for cameras
     that are slower or faster.
+    ``walk_axis``: people walk along one axis, up and down a street. Every recording is turned so that it is x; by how
+    many degrees from x it was, anticlockwise, is given for each recording (a part of its name) where it is not 0. The
+    augmentation then keeps the axis (see ``trajectory_batches.versions``), and what is exported wants tracks so turned.
     ``train_samples``: use that many training windows, evenly spread. ``recordings`` of ``seconds`` each are simulated
     from ``seed``.
     """
@@ -117,6 +123,7 @@ class DataSection(Section):
     val_fraction: Share = 0.1
     test_fraction: Share = 0.2
     paces: Annotated[tuple[Pace, ...], Field(min_length=1, exclude_if=lambda value: value == ONE_PACE)] = ONE_PACE
+    walk_axis: Annotated[dict[str, Degrees] | None, Field(exclude_if=lambda value: value is None)] = None
     train_samples: Positive | None = None
     download: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -173,6 +180,9 @@ def prepare(section: DataSection) -> Data:
     if section.validation == "train":
         parts["train"] = parts["train"] + parts["val"]
         note = "; ".join([*filter(None, [note]), TRAINED_VALIDATION])
+    if section.walk_axis is not None:
+        parts = _turned(section.walk_axis, parts)
+        note = "; ".join([*filter(None, [note]), TURNED])
     info = {key: getattr(section, key) for key in ("source", "unit", "observe", "predict", "seconds_per_step")}
     counts, splits, lost = {}, {}, list[str]()
     for name in PARTS:
@@ -192,6 +202,22 @@ def prepare(section: DataSection) -> Data:
             )
         splits["train"] = train.select(np.arange(section.train_samples) * len(train) // section.train_samples)
     return Data(splits, info | {"note": note, "counts": counts})
+
+
+def _turned(axes: Mapping[str, float], parts: Recordings) -> Recordings:
+    """Every recording whose name holds one of ``axes`` turned back by so many degrees."""
+    recordings = [recording for part in parts.values() for recording in part]
+    for name in axes:
+        if not any(name in recording.name for recording in recordings):
+            known = sorted({recording.name for recording in recordings})
+            raise DataError(f"data.walk_axis: {name}: expected a part of a recording's name, {allowed(name, known)}")
+
+    def turned(recording: Recording) -> Recording:
+        angle = np.deg2rad(sum(degrees for name, degrees in axes.items() if name in recording.name))
+        matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        return replace(recording, xy=recording.xy @ matrix)
+
+    return {part: [turned(recording) for recording in found] for part, found in parts.items()}
 
 
 def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tuple[Split, dict[str, int], list[str]]:

@@ -111,9 +111,9 @@ class TeacherSection(Section):
     ``folder``: the student artifact of a finished run of ``method: ppt``, on the same data and with the same network,
     instead of a training. ``ensemble``: more such artifacts, of any PPT with as many hypotheses and the same scale; the
     paths of all are merged into K (see ``trajectory_ensemble``). ``mirrored``: each of them predicts the mirror
-    image of a track too. ``versions``: in how many of the five versions of PPT's augmentation, drawn for each training
-    window, the teacher predicts it for the student; with ``rotate`` each of them is turned by any angle, too, which is
-    for a teacher that was trained so (``method.rotate``).
+    image of a track too. ``versions``: in how many of the five versions of PPT's augmentation (of four at most with
+    ``data.walk_axis``), drawn for each training window, the teacher predicts it for the student; with ``rotate`` each
+    of them is turned by any angle, too, which is for a teacher that was trained so (``method.rotate``).
     """
 
     student: StudentSection = Field(default_factory=_published)
@@ -177,6 +177,9 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
     if config.data.validation == "test" and config.train.select != "best":
         message = f"expected train.select best, found {config.train.select}: nothing would be selected; remove the key"
         faults.append((("data", "validation"), message))
+    if config.data.walk_axis is not None and (getattr(method, "rotate", False) or (teacher and teacher.rotate)):
+        message = "keeps the axis that people walk along, and rotate turns windows by any angle; remove one of them"
+        faults.append((("data", "walk_axis"), message))
     if config.data.predict < 2 and "ppt" in (student.model, teacher and teacher.student.model):
         message = "expected at least 2 steps for a PPT, which fills the way to a destination, found 1; raise it"
         faults.append((("data", "predict"), message))

@@ -1,4 +1,4 @@
-"""Training batches of tracks in the five versions of PPT's augmentation, and the scorers of each network.
+"""Training batches of tracks in the versions of PPT's augmentation, and the scorers of each network.
 
 Everything lies on the training's device; tracks are relative to the last observed position and scaled.
 """
@@ -27,6 +27,9 @@ VERSIONS = np.array(
     [[[1, 0], [0, 1]], [[0, -1], [1, 0]], [[-1, 0], [0, -1]], [[0, 1], [-1, 0]], [[-1, 0], [0, 1]]], np.float32
 )
 
+# Those that keep the axis people walk along: identity, mirror images in x and in y, half a turn.
+AXIS_VERSIONS = np.array([[[1, 0], [0, 1]], [[1, 0], [0, -1]], [[-1, 0], [0, -1]], [[-1, 0], [0, 1]]], np.float32)
+
 
 def normalised(split: Split, scale: float) -> NDArray[np.float32]:
     """Whole tracks (N, T, 2) relative to the last observed position, times ``scale``."""
@@ -37,14 +40,16 @@ def normalised(split: Split, scale: float) -> NDArray[np.float32]:
 
 
 def versions(
-    tracks: NDArray[np.float32], count: int = len(VERSIONS), seed: int = 0, *, rotate: bool = False
+    tracks: NDArray[np.float32], count: int | None = None, seed: int = 0, *, rotate: bool = False, axis: bool = False
 ) -> NDArray[np.float32]:
-    """(N, T, 2) -> (count, N, T, 2): ``count`` of the five versions of each track, drawn from ``seed``; with ``rotate``
-    each is turned by an angle of its own, too."""
-    rng = np.random.default_rng(seed)
-    chosen = rng.permuted(np.tile(np.arange(len(VERSIONS)), (len(tracks), 1)), axis=1)
+    """(N, T, 2) -> (V, N, T, 2): ``count`` of the five versions of each track (None: all), drawn from ``seed``.
+
+    With ``axis`` of the four that keep the axes, at most; with ``rotate`` each is turned by an angle of its own, too.
+    """
+    rng, known = np.random.default_rng(seed), AXIS_VERSIONS if axis else VERSIONS
+    chosen = rng.permuted(np.tile(np.arange(len(known)), (len(tracks), 1)), axis=1)
     chosen = np.sort(chosen[:, :count], axis=1).T
-    turn = VERSIONS[chosen]
+    turn = known[chosen]
     if rotate:
         turn = rotations(rng.uniform(0, 2 * np.pi, chosen.shape)) @ turn
     found: NDArray[np.float32] = np.einsum("vnij,ntj->vnti", turn, tracks)
@@ -52,7 +57,7 @@ def versions(
 
 
 def rotations(angles: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The matrices (..., 2, 2) that turn points by ``angles`` (...)."""
+    """The matrices (..., 2, 2) that turn points by ``angles`` (...), in radians."""
     cosine, sine = np.cos(angles), np.sin(angles)
     found: NDArray[np.float32] = np.stack([cosine, -sine, sine, cosine], -1).astype(np.float32)
     return found.reshape(*angles.shape, 2, 2)
@@ -74,14 +79,16 @@ class TrajectoryBatches(Batches):
     """
 
     def __init__(
-        self, run: Run, extra: Mapping[str, Array] | None = None, count: int = len(VERSIONS), *, turned: bool = False
+        self, run: Run, extra: Mapping[str, Array] | None = None, count: int | None = None, *, turned: bool = False
     ) -> None:
         train = run.data.splits["train"]
         super().__init__(len(train), run.cfg.train.batch_size, self.gather, seed=run.cfg.seed)
         self.scale = scale_of(run)
         self.observe = int(run.data.info["observe"])
-        arrays = {"track": versions(normalised(train, self.scale), count, rotate=turned)} | dict(extra or {})
-        self.versions, self.stretch = count, float(getattr(run.cfg.method, "stretch", 1.0))
+        axis = getattr(run.cfg.data, "walk_axis", None) is not None
+        tracks = versions(normalised(train, self.scale), count, rotate=turned, axis=axis)
+        arrays = {"track": tracks} | dict(extra or {})
+        self.versions, self.stretch = len(tracks), float(getattr(run.cfg.method, "stretch", 1.0))
         self.rotate = bool(getattr(run.cfg.method, "rotate", False))
         self.jitter = self.scale * float(getattr(run.cfg.method, "jitter", 0.0))
         self.arrays = {name: torch.from_numpy(np.array(a)).flatten(0, 1).to(run.device) for name, a in arrays.items()}

@@ -157,8 +157,9 @@ def predictions(job: Job) -> None:
     train = load_data(job.inputs["data"]).splits["train"]
     net, device = trajectory.load_teacher(job.inputs["teacher"]).to(PartialState().device), PartialState().device
     info = load_data(job.inputs["data"]).info
+    axis = job.config["data"].get("walk_axis") is not None
     tracks = normalised(train, section.student.scale_of(info["unit"]))
-    tracks = versions_of(tracks, section.versions, rotate=section.rotate)
+    tracks = versions_of(tracks, section.versions, rotate=section.rotate, axis=axis)
     observe, count = int(info["observe"]), len(train)
     size = EVALUATION_BATCH.get(device.type, 1024)
     with create(job.out, stage=job.stage, config=job.config, inputs=job.inputs) as draft:

@@ -285,6 +285,21 @@ def test_people_without_a_window_are_told(tmp_path: Path) -> None:
     assert own(tmp_path).info["note"].startswith("not read, since it lies beside the folders: late.txt; train, a.csv")
 
 
+def test_recordings_are_turned_so_that_people_walk_along_x(tmp_path: Path) -> None:
+    for part in ("train", "val", "test"):
+        walk(tmp_path / part / "along.txt", agents=2, steps=9)
+        walk(tmp_path / part / "across.txt", agents=2, steps=9)
+    before, after = own(tmp_path), own(tmp_path, walk_axis={"across": 90})
+    for split in ("train", "test"):
+        was, now = (data.splits[split].arrays for data in (before, after))
+        across = was["scene"] == before.splits[split].meta["scenes"].index("across")
+        assert np.array_equal(now["future"][~across], was["future"][~across])
+        np.testing.assert_allclose(now["future"][across], was["future"][across][..., ::-1] * [1, -1], atol=1e-4)
+    assert "walk along x" in after.info["note"]
+    with pytest.raises(DataError, match=r"walk_axis: acros_: expected a part .* did you mean 'across'"):
+        own(tmp_path, walk_axis={"acros_": 90})
+
+
 def test_training_windows_are_cut_at_every_pace(tmp_path: Path) -> None:
     for part in ("train", "val", "test"):
         walk(tmp_path / part / "a.txt", agents=2, steps=20)

@@ -136,6 +136,7 @@ def fault(path: Path, *overrides: str) -> str:
         ("ppt", ["data.validation=train", "train.select=best"], "data.validation", "train.select last, found best"),
         ("ppt", ["data.predict=1"], "data.predict", "expected at least 2 steps for a PPT"),
         ("trajectory_demo", ["data.predict=1"], "data.predict", "expected at least 2 steps for a PPT"),
+        ("ppt", ["data.walk_axis={}", "method.rotate=true"], "data.walk_axis", "rotate turns windows by any angle"),
         ("ppt", ["method.winners=21"], "method.winners", "at most the 20 hypotheses, found 21"),
         ("ppt", ["method.branches=1"], "teacher", "if and only if method.branches is above 0"),
         ("ppt", ["teacher.folder=runs/a/student"], "teacher", "if and only if method.branches is above 0"),

@@ -69,6 +69,15 @@ def test_every_epoch_shows_every_window_once_in_a_version_drawn_anew(run: Run) -
     np.testing.assert_array_equal(again.version_of(0), shown[0])
 
 
+def test_versions_that_keep_the_axes() -> None:
+    tracks = np.random.default_rng(0).normal(size=(40, 5, 2)).astype(np.float32)
+    found = versions(tracks, axis=True)
+    assert found.shape == (4, 40, 5, 2)
+    np.testing.assert_array_equal(np.abs(found), np.abs(np.broadcast_to(tracks, found.shape)))
+    assert len({tuple(np.sign(version[0, 0] * tracks[0, 0])) for version in found}) == 4
+    assert versions(tracks, 5, axis=True).shape == found.shape
+
+
 def test_turned_versions_keep_their_form_and_have_an_angle_each() -> None:
     tracks = np.random.default_rng(0).normal(size=(30, 5, 2)).astype(np.float32)
     plain, turned = (versions(tracks, 2, rotate=rotate) for rotate in (False, True))
