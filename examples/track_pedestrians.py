@@ -26,7 +26,7 @@ from toolchain.artifact import EdgestillError, UsageError
 from toolchain.runtime import Runtime, load
 from toolchain.tasks.datasets import DataError
 from toolchain.tasks.simulator import simulate
-from toolchain.tasks.tracks import COLUMNS, Recording, read_tracks
+from toolchain.tasks.tracks import COLUMNS, Recording, read_tracks, turned
 
 Floats = NDArray[np.float32]
 WARM_UP = 10  # calls that are not counted
@@ -188,6 +188,7 @@ def run(arguments: argparse.Namespace) -> None:
             (recording,) = simulate(1)
         else:
             recording = read(arguments)
+        recording = turned(recording, arguments.walk_axis) if arguments.walk_axis else recording
         frames, spent = predict(model, recording, steps)
         unit = model.inputs[0].unit or "unit of the tracks"
         onnx = model.manifest is not None and "model.onnx" in model.manifest.files
@@ -243,6 +244,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--columns", type=columns, default=COLUMNS, help="names or numbers (from 0) of frame, id, x and y, with commas"
     )
     parser.add_argument("--metres-per-unit", type=metres, default=1.0, help="makes metres of x and y (default: 1)")
+    parser.add_argument(
+        "--walk-axis",
+        type=float,
+        default=0.0,
+        metavar="DEGREES",
+        help="for a model trained with data.walk_axis: the direction that people walk in, anticlockwise from x "
+        "(default: 0); everything is turned back by it",
+    )
     parser.add_argument("--threads", type=positive, default=1, help="threads of ONNX Runtime (default: 1)")
     arguments = parser.parse_args(argv)
     try:

@@ -201,6 +201,17 @@ def test_columns_of_a_tracker(
     assert told[0].endswith("of t, 2 pedestrians")
 
 
+def test_tracks_are_turned_for_a_model_that_wants_them_so(
+    example: ModuleType, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(example, "predict", lambda model, recording, steps: seen.append(recording) or ([], []))
+    (tmp_path / "t.txt").write_text(walkers())
+    for degrees in ("0", "90"):
+        example.main([str(model), str(tmp_path / "t.txt"), "--walk-axis", degrees])
+    np.testing.assert_allclose(seen[1].xy, seen[0].xy[:, ::-1] * [1, -1], atol=1e-9)
+
+
 def test_a_model_of_another_task_is_refused(example: ModuleType) -> None:
     from toolchain.runtime import FakeRuntime
 

@@ -28,6 +28,7 @@ from toolchain.tasks.tracks import (
     reach,
     read_tracks,
     repeated_steps,
+    turned,
     window_rows,
 )
 
@@ -184,6 +185,7 @@ def prepare(section: DataSection) -> Data:
         parts = _turned(section.walk_axis, parts)
         note = "; ".join([*filter(None, [note]), TURNED])
     info = {key: getattr(section, key) for key in ("source", "unit", "observe", "predict", "seconds_per_step")}
+    info |= {"walk_axis": True} if section.walk_axis is not None else {}
     counts, splits, lost = {}, {}, list[str]()
     for name in PARTS:
         splits[name], counts[name], without = _cut(section, name, parts[name])
@@ -212,12 +214,11 @@ def _turned(axes: Mapping[str, float], parts: Recordings) -> Recordings:
             known = sorted({recording.name for recording in recordings})
             raise DataError(f"data.walk_axis: {name}: expected a part of a recording's name, {allowed(name, known)}")
 
-    def turned(recording: Recording) -> Recording:
-        angle = np.deg2rad(sum(degrees for name, degrees in axes.items() if name in recording.name))
-        matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        return replace(recording, xy=recording.xy @ matrix)
+    def back(recording: Recording) -> Recording:
+        found = [degrees for name, degrees in axes.items() if name in recording.name and degrees]
+        return turned(recording, sum(found)) if found else recording
 
-    return {part: [turned(recording) for recording in found] for part, found in parts.items()}
+    return {part: list(map(back, found)) for part, found in parts.items()}
 
 
 def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tuple[Split, dict[str, int], list[str]]:

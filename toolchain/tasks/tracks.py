@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +211,13 @@ def window_rows(recording: Recording, length: int = 20, stride: int = 1, least_a
     at = at[np.lexsort((recording.agent[order[at]], step[order[at]]))]
     rows: Integers = order[at[:, None] + np.arange(length)]
     return rows
+
+
+def turned(recording: Recording, degrees: float) -> Recording:
+    """With x in the direction that was ``degrees`` from it, anticlockwise."""
+    angle = np.deg2rad(degrees)
+    matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return replace(recording, xy=recording.xy @ matrix)
 
 
 def reach(steps: int, pace: float) -> int:

@@ -414,7 +414,7 @@ def deploy(model: nn.Module, section: Any, info: Mapping[str, Any]) -> Deploy:
     shape, unit = shape_of(section, info), info["unit"]
     observed: tuple[int | str, ...] = ("batch", shape.observe, 2)
     paths: tuple[int | str, ...] = ("batch", shape.hypotheses, shape.predict, 2)
-    every = f"every {info['seconds_per_step']:g} s"
+    every = f"every {info['seconds_per_step']:g} s" + (", people walking along x" if info.get("walk_axis") else "")
     generator = torch.Generator().manual_seed(0)
     return Deploy(
         module=World(model, section.scale_of(unit)).eval(),

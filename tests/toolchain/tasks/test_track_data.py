@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -286,9 +286,8 @@ def test_people_without_a_window_are_told(tmp_path: Path) -> None:
 
 
 def test_recordings_are_turned_so_that_people_walk_along_x(tmp_path: Path) -> None:
-    for part in ("train", "val", "test"):
-        walk(tmp_path / part / "along.txt", agents=2, steps=9)
-        walk(tmp_path / part / "across.txt", agents=2, steps=9)
+    for part, name in product(("train", "val", "test"), ("along", "across")):
+        walk(tmp_path / part / f"{name}.txt", agents=2, steps=9)
     before, after = own(tmp_path), own(tmp_path, walk_axis={"across": 90})
     for split in ("train", "test"):
         was, now = (data.splits[split].arrays for data in (before, after))
@@ -296,7 +295,7 @@ def test_recordings_are_turned_so_that_people_walk_along_x(tmp_path: Path) -> No
         assert np.array_equal(now["future"][~across], was["future"][~across])
         np.testing.assert_allclose(now["future"][across], was["future"][across][..., ::-1] * [1, -1], atol=1e-4)
     assert "walk along x" in after.info["note"]
-    with pytest.raises(DataError, match=r"walk_axis: acros_: expected a part .* did you mean 'across'"):
+    with pytest.raises(DataError, match=r"acros_: expected a part .* did you mean 'across'"):
         own(tmp_path, walk_axis={"acros_": 90})
 
 

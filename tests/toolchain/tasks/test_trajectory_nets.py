@@ -402,6 +402,7 @@ def test_deployed_from_the_world_to_the_world(model: str, unit: str, scale: floa
     section = StudentSection(model=model, **NET)
     net = shaken(build(section, INFO, 0)).float()
     ready = deploy(net, section, INFO | {"unit": unit})
+    assert "walking along x" in deploy(net, section, INFO | {"unit": unit, "walk_axis": True}).inputs[0].meaning
     observed = tracks()[:, :OBSERVE].float() / scale + torch.tensor([400.0, -70.0])
     with torch.inference_mode():
         found, probability = ready.module(observed)
