@@ -25,12 +25,14 @@ def served(folder: Path, places: Sequence[Path]) -> Iterator[tuple[Remote, ...]]
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
         contents = {place: (folder / place).read_bytes() for place in places}
-        yield tuple(
-            Remote(
-                f"http://127.0.0.1:{server.server_port}/{place.as_posix()}",
-                hashlib.sha256(content).hexdigest(),
-                len(content),
+        try:
+            yield tuple(
+                Remote(
+                    f"http://127.0.0.1:{server.server_port}/{place.as_posix()}",
+                    hashlib.sha256(content).hexdigest(),
+                    len(content),
+                )
+                for place, content in contents.items()
             )
-            for place, content in contents.items()
-        )
-        server.shutdown()
+        finally:
+            server.shutdown()

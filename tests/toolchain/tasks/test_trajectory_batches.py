@@ -87,6 +87,14 @@ def test_turned_versions_keep_their_form_and_have_an_angle_each() -> None:
     assert len(np.unique(np.angle(turn[:, :, 0]).round(3))) > 50
 
 
+def test_along_a_street_no_window_is_turned_by_90_degrees(tmp_path: Path, run: Run) -> None:
+    cfg = config(METHOD, data={"source": "simulator", "walk_axis": {}})
+    street, index = TrajectoryBatches(tiny_run(tmp_path, cfg)), np.arange(24)
+    plain = torch.from_numpy(normalised(run.data.splits["train"], 30.0)).abs()
+    for epoch in range(4):
+        torch.testing.assert_close(street.gather(index, epoch)["track"].abs(), plain)
+
+
 def test_a_stretched_window_keeps_its_form(tmp_path: Path, run: Run) -> None:
     stretched = TrajectoryBatches(tiny_run(tmp_path, config(METHOD | {"stretch": 2.0})))
     index = np.arange(24)

@@ -85,15 +85,22 @@ def test_the_teacher_is_a_ppt_trained_in_all_its_stages(root: Path) -> None:
     assert manifest.extra["parameters"] == sum(parameter.numel() for parameter in net.parameters())
 
 
-@pytest.mark.parametrize(("count", "rotate"), [(5, False), (2, False), (2, True)])
+STREET: dict[str, Any] = {"source": "simulator", "walk_axis": {}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "data", "count"),
+    [({}, {}, 5), ({"versions": 2}, {}, 2), ({"versions": 2, "rotate": True}, {}, 2), ({}, {"data": STREET}, 4)],
+)
 def test_predictions_are_what_the_teacher_says_live_for_the_version_that_is_shown(
-    root: Path, tmp_path: Path, count: int, rotate: bool
+    root: Path, tmp_path: Path, keys: dict[str, Any], data: dict[str, Any], count: int
 ) -> None:
     inputs = {name: root / name for name in ("data", "teacher")}
-    teacher = TEACHER | {"versions": count, "rotate": rotate}
-    trajectory.predictions(Job("predictions", tmp_path / "predictions", sections(**teacher), inputs))
+    cfg = config({"name": "ppt_student"}, teacher=TEACHER | keys, **data)
+    own = cfg.section("seed", "task", "data", "teacher")
+    trajectory.predictions(Job("predictions", tmp_path / "predictions", own, inputs))
     inputs["predictions"] = tmp_path / "predictions"
-    run = tiny_run(tmp_path, config({"name": "ppt_student"}, teacher=teacher), inputs)
+    run = tiny_run(tmp_path, cfg, inputs)
     net: Any = trajectory.load_teacher(root / "teacher")
     shown = set()
     batches = run.batches("paths", "feature")
