@@ -188,7 +188,7 @@ def run(arguments: argparse.Namespace) -> None:
             (recording,) = simulate(1)
         else:
             recording = read(arguments)
-        recording = turned(recording, arguments.walk_axis) if arguments.walk_axis else recording
+        recording = turned(recording, arguments.walk_axis)
         frames, spent = predict(model, recording, steps)
         unit = model.inputs[0].unit or "unit of the tracks"
         onnx = model.manifest is not None and "model.onnx" in model.manifest.files

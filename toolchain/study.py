@@ -299,9 +299,9 @@ def work_off(job: Job) -> None:
             continue
         test = _tested(trained, job.out.parent / "samples", name)
         test = {f"test_selected_{name}" if selects else name: value for name, value in test.items()}
-        validated = {f"val_{name}": value for name, value in trained.val.items()} | (taught or {})
+        beside = {f"val_{name}": value for name, value in trained.val.items()} | (taught or {})
         if trains_on_validation(cfg):
-            validated = {name: value for name, value in validated.items() if not name.startswith("val_")}
+            beside = {name: value for name, value in beside.items() if not name.startswith("val_")}
         if job.config["keep"]:
             place = Path(job.config["keep"]) / f"{item['dataset']}-{item['method']}-{item['seed']}"
             write(trained, place, cfg.section(*SECTIONS))
@@ -310,7 +310,7 @@ def work_off(job: Job) -> None:
             "method": item["method"],
             "dataset": item["dataset"],
             "seed": item["seed"],
-            "metrics": test if selects else test | validated | selected(trained.run.records),
+            "metrics": test if selects else test | beside | selected(trained.run.records),
             "parameters": sum(p.numel() for p in trained.student.parameters()),
             "config_sha256": item["sha256"],
             "inputs": inputs,

@@ -215,8 +215,7 @@ def _turned(axes: Mapping[str, float], parts: Recordings) -> Recordings:
             raise DataError(f"data.walk_axis: {name}: expected a part of a recording's name, {allowed(name, known)}")
 
     def back(recording: Recording) -> Recording:
-        found = [degrees for name, degrees in axes.items() if name in recording.name and degrees]
-        return turned(recording, sum(found)) if found else recording
+        return turned(recording, sum(degrees for name, degrees in axes.items() if name in recording.name))
 
     return {part: list(map(back, found)) for part, found in parts.items()}
 

@@ -215,9 +215,14 @@ def window_rows(recording: Recording, length: int = 20, stride: int = 1, least_a
 
 def turned(recording: Recording, degrees: float) -> Recording:
     """With x in the direction that was ``degrees`` from it, anticlockwise."""
-    angle = np.deg2rad(degrees)
-    matrix = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    return replace(recording, xy=recording.xy @ matrix)
+    return replace(recording, xy=recording.xy @ rotations(np.deg2rad(np.array(degrees))))
+
+
+def rotations(angles: Floats) -> Floats:
+    """The matrices (..., 2, 2) that turn points by ``angles`` (...), in radians."""
+    cosine, sine = np.cos(angles), np.sin(angles)
+    found: Floats = np.stack([cosine, -sine, sine, cosine], -1).reshape(*angles.shape, 2, 2)
+    return found
 
 
 def reach(steps: int, pace: float) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from toolchain.artifact import EdgestillError
 from toolchain.batches import Batches
 from toolchain.tasks import Arrays, Split
+from toolchain.tasks.tracks import rotations
 
 if TYPE_CHECKING:
     from toolchain.train import Run
@@ -51,16 +52,9 @@ def versions(
     chosen = np.sort(chosen[:, :count], axis=1).T
     turn = known[chosen]
     if rotate:
-        turn = rotations(rng.uniform(0, 2 * np.pi, chosen.shape)) @ turn
+        turn = rotations(rng.uniform(0, 2 * np.pi, chosen.shape)).astype(np.float32) @ turn
     found: NDArray[np.float32] = np.einsum("vnij,ntj->vnti", turn, tracks)
     return found
-
-
-def rotations(angles: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The matrices (..., 2, 2) that turn points by ``angles`` (...), in radians."""
-    cosine, sine = np.cos(angles), np.sin(angles)
-    found: NDArray[np.float32] = np.stack([cosine, -sine, sine, cosine], -1).astype(np.float32)
-    return found.reshape(*angles.shape, 2, 2)
 
 
 def scale_of(run: Run) -> float:
