@@ -52,6 +52,12 @@ def score(task: ModuleType, outputs: Arrays, split: Split) -> dict[str, float | 
     return {name: _number(value) for name, value in task.score(outputs, split).items()}
 
 
+def interval(task: ModuleType, outputs: Arrays, split: Split) -> list[float] | None:
+    """The 95 % interval of the headline that comes with the test samples, of a task that knows it."""
+    found = task.interval(outputs, split) if hasattr(task, "interval") else None
+    return None if found is None else [float(bound) for bound in found]
+
+
 def max_difference(reference: Arrays, candidate: Arrays) -> dict[str, float | None]:
     """Greatest absolute difference of every float output the two share; None when it is not a number."""
     found: dict[str, float | None] = {}

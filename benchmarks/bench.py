@@ -184,6 +184,7 @@ def _accuracy(row: Row, rows: list[Row], task: ModuleType, split: Split) -> dict
     if row.outputs is None:
         return {}
     value: dict[str, Any] = {"accuracy": accuracy.score(task, row.outputs, split)}
+    value["interval"] = accuracy.interval(task, row.outputs, split)
     before = _previous(row, rows)
     student = next((r for r in rows if r.kind == "student" and r.outputs), None) or _fp32(rows)
     agreement = {
@@ -242,6 +243,7 @@ def _row(row: Row, found: Measured) -> dict[str, Any]:
         "converted": row.manifest.extra.get("converted"),
         "bytes": row.bytes,
         "accuracy": None,
+        "interval": None,
         "agreement": None,
         "max_difference": None,
         "latency": found.latency,
@@ -302,7 +304,11 @@ def protocol(settings: Mapping[str, Any], samples: int, apart: bool = False) -> 
             "idle in between as behind a camera; latency counts from the arrival; above 1/fps the deadline is missed."
         )
     if samples:
-        text.append(f"Accuracy and agreement: all {samples} test samples, the same for every row.")
+        text.append(
+            f"Accuracy and agreement: all {samples} test samples, the same for every row. The interval of a score, "
+            "where there is one, is for other samples of the kind (for trajectories, for other people: each is drawn "
+            "with all windows). Rows share their samples: their differences are surer than their intervals."
+        )
     return text
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.formats import count, ms, scored, share, size, times, titled
@@ -34,7 +34,8 @@ def tables(summary: Mapping[str, Any]) -> dict[str, Table]:
 
 def accuracy_table(rows: list[dict[str, Any]], metric: Mapping[str, Any]) -> Table:
     others = list(dict.fromkeys(name for row in rows for name in row["accuracy"] or {} if name != metric["name"]))
-    title = ["row", titled(metric), "made of", "change", "agreement"]
+    sure = ["95 % interval"] if any(row.get("interval") for row in rows) else []
+    title = ["row", titled(metric), *sure, "made of", "change", "agreement"]
     title += ["change vs student", "agreement vs student", "max. difference"]
     by_name = {row["name"]: row for row in rows}
     base = reference(rows, metric)
@@ -49,6 +50,7 @@ def accuracy_table(rows: list[dict[str, Any]], metric: Mapping[str, Any]) -> Tab
             [
                 row["name"],
                 scored(mine, metric),
+                *(_interval(row.get("interval"), metric) for _ in sure),
                 before or "–",
                 changed(mine, headline(by_name[before], metric) if before else None, metric),
                 share(agreement.get("previous")),
@@ -59,6 +61,10 @@ def accuracy_table(rows: list[dict[str, Any]], metric: Mapping[str, Any]) -> Tab
             ]
         )
     return title + others, body
+
+
+def _interval(found: Sequence[float] | None, metric: Mapping[str, Any]) -> str:
+    return "–" if found is None else " – ".join(scored(bound, metric) for bound in found)
 
 
 def _differences(found: Mapping[str, float | None] | None) -> str:

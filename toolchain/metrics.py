@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,34 @@ def displacement_errors(paths: Array, truth: Array, best_of: int | None = None) 
         "meanADE": float(ade.mean()),
         "meanFDE": float(fde.mean()),
     }
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """95 % interval of a share of ``n`` independent samples, ``right`` of which are, in percent (Wilson 1927)."""
+    z = 1.959964
+    share, spread = right / n, z * math.sqrt(right / n * (1 - right / n) / n + (z / (2 * n)) ** 2)
+    low, high = ((share + z * z / (2 * n) + sign * spread) / (1 + z * z / n) for sign in (-1, 1))
+    return 100 * max(low, 0.0), 100 * min(high, 1.0)
+
+
+def cluster_interval(values: Array, clusters: Array, draws: int = 4000, seed: int = 0) -> tuple[float, float] | None:
+    """95 % percentile interval of the mean of ``values`` (N,) whose ``clusters`` (N,) are drawn again, each whole.
+
+    Samples of one cluster are not independent: windows of one person overlap. The cluster bootstrap (Davison and
+    Hinkley 1997, section 3.8) needs no more than that clusters are. None where there is one cluster.
+    """
+    _same_shape(values, clusters)
+    _, member = np.unique(clusters, return_inverse=True)
+    sums, counts = np.bincount(member, values), np.bincount(member)
+    if len(counts) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    means, at_once = [], max(1, 1_000_000 // len(counts))
+    for start in range(0, draws, at_once):
+        drawn = rng.integers(len(counts), size=(min(at_once, draws - start), len(counts)))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _same_shape(a: Array, b: Array) -> None:

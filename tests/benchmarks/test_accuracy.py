@@ -72,6 +72,7 @@ def test_the_whole_chain_is_measured_and_what_cannot_run_says_why(tmp_path: Path
     student, exact, half = rows["student"], rows["onnx"], rows["onnx-fp16"]
     assert student["backend"] == "torch"
     assert student["accuracy"] == {"accuracy": 100.0}
+    assert student["interval"] == pytest.approx([95.9, 100.0], abs=0.05), "of 90 images, all right"
     assert exact["agreement"] == {"student": 1.0, "previous": 1.0, "previous_name": "student"}
     assert half["agreement"]["previous_name"] == "onnx"
     assert half["agreement"]["previous"] < 1

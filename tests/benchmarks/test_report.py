@@ -178,6 +178,8 @@ def test_every_table_of_an_error_has_its_digits_and_direction() -> None:
     assert body[2][1:4] == ["0.365", "–", "–"]
     assert body[2][5] == "−0.004"
     assert body[2][-1] == "0.660"
+    title, body = report_tables.accuracy_table([rows[0], rows[1] | {"interval": [0.3112, 0.4409]}], METRES)
+    assert [title[2], body[0][2], body[1][2]] == ["95 % interval", "–", "0.311 – 0.441"]
     text = findings.sentence(summary, {"method": {"name": "ppt_student"}})
     assert "minADE 0.016 m better: 0.365 against the teacher's 0.381 m" in text
     nested = {"method": {"name": "ppt_student"}, "teacher": {"student": {"model": "ppt"}}}

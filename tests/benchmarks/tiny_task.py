@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from toolchain.artifact import Port
-from toolchain.tasks import Arrays, Split
+from toolchain.tasks import Arrays, Split, classification
 
 HEADLINE, HIGHER_IS_BETTER, UNIT = "accuracy", True, "%"
+interval = classification.interval
 
 
 def score(outputs: Arrays, split: Split) -> dict[str, float]:

@@ -96,3 +96,20 @@ def test_displacement_errors_refuse_what_does_not_fit() -> None:
         metrics.displacement_errors(paths * np.nan, truth)
     with pytest.raises(MetricError, match=r"best_of in 1..3"):
         metrics.displacement_errors(paths, truth, best_of=4)
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    assert metrics.wilson(81, 263) == pytest.approx((25.5, 36.6), abs=0.05)  # Newcombe 1998, table I, method 3
+    assert metrics.wilson(0, 20) == pytest.approx((0.0, 16.1), abs=0.05)
+    assert metrics.wilson(400, 400) == pytest.approx((99.05, 100.0), abs=0.005)
+
+
+def test_copies_of_a_sample_make_its_mean_no_surer() -> None:
+    values = np.random.default_rng(0).normal(3.0, 2.0, 200)
+    low, high = metrics.cluster_interval(values, np.arange(200)) or (0.0, 0.0)
+    spread = 1.96 * values.std() / np.sqrt(200)
+    assert (low, high) == pytest.approx((values.mean() - spread, values.mean() + spread), abs=0.1 * spread)
+    assert metrics.cluster_interval(values.repeat(10), np.arange(200).repeat(10)) == pytest.approx((low, high))
+    assert metrics.cluster_interval(values, np.zeros(200)) is None
+    weighted = metrics.cluster_interval(np.array([0.0, 0.0, 0.0, 1.0]), np.array([5, 5, 5, 9]))
+    assert weighted == (0.0, 1.0), "whole clusters are drawn: both times the one, or both times the other"

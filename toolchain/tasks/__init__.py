@@ -13,6 +13,7 @@ A task module offers, with numpy and pydantic alone at import:
 
 may offer
 
+- ``interval(outputs, split) -> (low, high) or None``: 95 % interval of the headline, had other samples been drawn;
 - ``defaults(data)``: a nested mapping of config values, below a person's own, for a data section as it was given;
 - ``PACKAGES``: what its stages need beside the usual packages;
 - ``totals(outputs, split) -> Arrays``: over the whole test split, kept with the outputs of the samples shown;

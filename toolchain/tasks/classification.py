@@ -67,6 +67,12 @@ def score(outputs: Arrays, split: Split) -> dict[str, float]:
     return scores
 
 
+def interval(outputs: Arrays, split: Split) -> tuple[float, float]:
+    """95 % interval of the accuracy, had other images been drawn."""
+    truth = split.arrays["label"]
+    return metrics.wilson(int((outputs["label"] == truth).sum()), len(truth))
+
+
 def agreement(a: Arrays, b: Arrays) -> float:
     """Share in [0, 1] of equal labels."""
     return metrics.agreement(a["label"], b["label"])

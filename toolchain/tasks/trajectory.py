@@ -213,6 +213,13 @@ def score(outputs: Arrays, split: Split) -> dict[str, float]:
     return metrics.displacement_errors(paths, truth) | {"topADE": first["minADE"], "topFDE": first["minFDE"]}
 
 
+def interval(outputs: Arrays, split: Split) -> tuple[float, float] | None:
+    """95 % interval of minADE, had other people been seen; None where there is one person."""
+    least = metrics.errors(np.asarray(outputs["trajectories"]), np.asarray(split.arrays["future"])).mean(2).min(1)
+    people = np.stack([split.arrays["scene"], split.arrays["agent"]], 1)
+    return metrics.cluster_interval(least, np.unique(people, axis=0, return_inverse=True)[1].reshape(-1))
+
+
 def agreement(a: Arrays, b: Arrays) -> float:
     """Share in [0, 1] of positions of ``b`` within 1 % of the mean distance travelled in ``a`` of those of ``a``."""
     first, second = (np.asarray(side["trajectories"], np.float64) for side in (a, b))

@@ -52,6 +52,18 @@ def test_scores_are_the_least_the_mean_and_those_of_the_most_probable() -> None:
     assert trajectory.score(permuted, split) == pytest.approx(scores)
 
 
+def test_the_interval_is_of_other_people() -> None:
+    found, split = outputs(count=60)
+    split.arrays |= {"scene": np.arange(60) % 2, "agent": np.arange(60) // 2}
+    low, high = trajectory.interval(found, split) or (0.0, 0.0)
+    assert low < trajectory.score(found, split)["minADE"] < high
+    again = {name: value.repeat(5, 0) for name, value in found.items()}
+    longer = Split({name: value.repeat(5, 0) for name, value in split.arrays.items()}, ())
+    assert trajectory.interval(again, longer) == pytest.approx((low, high)), "more windows of them tell nothing new"
+    split.arrays |= {"scene": np.zeros(60), "agent": np.zeros(60)}
+    assert trajectory.interval(found, split) is None
+
+
 def test_agreement_is_the_share_of_positions_within_one_percent_of_the_way() -> None:
     found, _ = outputs()
     travelled = np.linalg.norm(np.diff(found["trajectories"], axis=2), axis=-1).sum(2).mean()
