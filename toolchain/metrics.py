@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -45,26 +46,39 @@ def top_k(probabilities: Array, truth: Array, k: int) -> float:
 
 def confusion(predicted: Array, truth: Array, classes: int, ignore_index: int | None = None) -> NDArray[np.int64]:
     """Counts (classes, classes), rows true, columns predicted; where truth is ``ignore_index`` nothing is counted."""
+    counts = np.zeros((classes, classes), np.int64)
+    for one in confusions(predicted, truth, classes, ignore_index):
+        counts += one
+    if not counts.any():
+        raise MetricError(f"expected labelled positions, found only ignore_index {ignore_index}; check the masks")
+    return counts
+
+
+def confusions(
+    predicted: Array, truth: Array, classes: int, ignore_index: int | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """``confusion`` of one sample after the other; of one without labels, zeros."""
     _same_shape(predicted, truth)
-    counts = np.zeros(classes * classes, np.int64)
     for found, true in zip(predicted, truth, strict=True):
         valid = np.asarray(true) != ignore_index
         true, found = np.asarray(true)[valid].astype(np.int64), np.asarray(found)[valid].astype(np.int64)
         _in_range(true, classes, "labels")
         _in_range(found, classes, "predictions")
-        counts += np.bincount(true * classes + found, minlength=classes * classes)
-    if not counts.any():
-        raise MetricError(f"expected labelled positions, found only ignore_index {ignore_index}; check the masks")
-    return counts.reshape(classes, classes)
+        yield np.bincount(true * classes + found, minlength=classes * classes).reshape(classes, classes)
 
 
 def class_iou(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Intersection over union of each class, percent (classes,); NaN where a class is in neither side."""
-    hit = np.diag(counts).astype(np.float64)
-    union = counts.sum(0) + counts.sum(1) - hit
+    hit, union = hits_and_unions(counts)
     with np.errstate(invalid="ignore"):
         iou: NDArray[np.float64] = 100.0 * hit / union
     return iou
+
+
+def hits_and_unions(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of each class (2, classes): positions that are it on both sides, and on either."""
+    hit = np.diag(counts)
+    return np.stack([hit, counts.sum(0) + counts.sum(1) - hit])
 
 
 def mean_iou(counts: NDArray[np.int64]) -> float:
@@ -122,22 +136,23 @@ def wilson(right: int, n: int) -> tuple[float, float]:
     return 100 * max(low, 0.0), 100 * min(high, 1.0)
 
 
-def cluster_interval(values: Array, clusters: Array, draws: int = 4000, seed: int = 0) -> tuple[float, float] | None:
-    """95 % percentile interval of the mean of ``values`` (N,) whose ``clusters`` (N,) are drawn again, each whole.
+def cluster_interval(sums: Array, counts: Array, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+    """95 % percentile interval of a mean over P parts of sum over sum, both (G, P), when G clusters are drawn again.
 
-    Samples of one cluster are not independent: windows of one person overlap. The cluster bootstrap (Davison and
-    Hinkley 1997, section 3.8) needs no more than that clusters are. None where there is one cluster.
+    The cluster bootstrap (Davison and Hinkley 1997, section 3.8): samples of one cluster may depend on each other, as a
+    person's windows do, which overlap; clusters may not. A draw in which a part is empty leaves it out. None where
+    there is one cluster.
     """
-    _same_shape(values, clusters)
-    _, member = np.unique(clusters, return_inverse=True)
-    sums, counts = np.bincount(member, values), np.bincount(member)
-    if len(counts) < 2:
+    _same_shape(sums, counts)
+    if len(sums) < 2:
         return None
     rng = np.random.default_rng(seed)
-    means, at_once = [], max(1, 1_000_000 // len(counts))
+    means, at_once = [], max(1, 1_000_000 // sums.size)
     for start in range(0, draws, at_once):
-        drawn = rng.integers(len(counts), size=(min(at_once, draws - start), len(counts)))
-        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+        drawn = rng.integers(len(sums), size=(min(at_once, draws - start), len(sums)))
+        with np.errstate(invalid="ignore"):
+            parts = sums[drawn].sum(1) / counts[drawn].sum(1)
+        means.append(np.nanmean(parts[np.isfinite(parts).any(1)], 1))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
 

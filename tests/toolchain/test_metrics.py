@@ -105,11 +105,18 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
 
 
 def test_copies_of_a_sample_make_its_mean_no_surer() -> None:
-    values = np.random.default_rng(0).normal(3.0, 2.0, 200)
-    low, high = metrics.cluster_interval(values, np.arange(200)) or (0.0, 0.0)
+    values = np.random.default_rng(0).normal(3.0, 2.0, (200, 1))
+    low, high = metrics.cluster_interval(values, np.ones((200, 1))) or (0.0, 0.0)
     spread = 1.96 * values.std() / np.sqrt(200)
     assert (low, high) == pytest.approx((values.mean() - spread, values.mean() + spread), abs=0.1 * spread)
-    assert metrics.cluster_interval(values.repeat(10), np.arange(200).repeat(10)) == pytest.approx((low, high))
-    assert metrics.cluster_interval(values, np.zeros(200)) is None
-    weighted = metrics.cluster_interval(np.array([0.0, 0.0, 0.0, 1.0]), np.array([5, 5, 5, 9]))
-    assert weighted == (0.0, 1.0), "whole clusters are drawn: both times the one, or both times the other"
+    assert metrics.cluster_interval(10 * values, np.full((200, 1), 10)) == pytest.approx((low, high))
+    assert metrics.cluster_interval(values[:1], np.ones((1, 1))) is None
+    apart = metrics.cluster_interval(np.array([[0.0], [1.0]]), np.array([[3], [1]]))
+    assert apart == (0.0, 1.0), "whole clusters are drawn: both times the one, or both times the other"
+
+
+def test_the_interval_is_of_the_mean_over_parts() -> None:
+    sums, counts = np.array([[1.0, 0.0], [1.0, 0.0], [3.0, 8.0]]), np.array([[2, 0], [2, 0], [4, 10]])
+    low, high = metrics.cluster_interval(sums, counts) or (0.0, 0.0)
+    assert low == 0.5, "the second part is in one cluster alone; without it the first is all"
+    assert high == pytest.approx((0.75 + 0.8) / 2)

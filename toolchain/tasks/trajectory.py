@@ -217,7 +217,8 @@ def interval(outputs: Arrays, split: Split) -> tuple[float, float] | None:
     """95 % interval of minADE, had other people been seen; None where there is one person."""
     least = metrics.errors(np.asarray(outputs["trajectories"]), np.asarray(split.arrays["future"])).mean(2).min(1)
     people = np.stack([split.arrays["scene"], split.arrays["agent"]], 1)
-    return metrics.cluster_interval(least, np.unique(people, axis=0, return_inverse=True)[1].reshape(-1))
+    person = np.unique(people, axis=0, return_inverse=True)[1].reshape(-1)
+    return metrics.cluster_interval(np.bincount(person, least)[:, None], np.bincount(person)[:, None])
 
 
 def agreement(a: Arrays, b: Arrays) -> float:

@@ -24,6 +24,10 @@ def test_score_agreement_and_show() -> None:
     assert list(scores) == ["miou", "pixel_accuracy"]
     assert scores["miou"] == pytest.approx(100 * (1 / 2 + 2 / 3) / 2)
     assert scores["pixel_accuracy"] == 75.0
+    assert segmentation.interval(found, split_of(truth)) is None
+    twice = split_of(np.concatenate([truth, np.full_like(truth, 11)]))
+    interval = segmentation.interval({"label": found["label"].repeat(2, 0)}, twice)
+    assert interval == pytest.approx((scores["miou"], scores["miou"])), "an image without labels changes nothing"
     assert segmentation.agreement(found, {"label": truth}) == 0.5
     sample = segmentation.show(found, split_of(truth), 0)
     assert sample["image"].shape == (2, 3, 3)
