@@ -29,6 +29,7 @@ from toolchain.tasks.tracks import (
     read_tracks,
     repeated_steps,
     turned,
+    walking_axis,
     window_rows,
 )
 
@@ -72,6 +73,16 @@ TRAINED_VALIDATION = (
 )
 
 TURNED = "tracks are turned so that people walk along x (data.walk_axis), and the graph wants them so"
+ALONG = (
+    "who walks in the test windows keeps to an axis, {degrees:.0f}° from x ({kept:.2f} of 1): data.walk_axis turns "
+    "recordings so that it is x in all, so that a network learns to expect it"
+)
+ASTRAY = "yet in the test windows people's axis is {degrees:.0f}° from x, and they keep to it by {kept:.2f} of 1"
+EVERY_WAY = (
+    "who walks in the test windows keeps to no axis ({kept:.2f} of 1): method.rotate trains on windows at any angle"
+)
+KEEPS = 0.6  # to an axis, see walking_axis
+ENOUGH = 20  # people, to tell how people walk
 NAMED = 3  # recordings that are told by name
 ONE_PACE = (1.0,)
 
@@ -195,6 +206,8 @@ def prepare(section: DataSection) -> Data:
         note = "; ".join([*filter(None, [note]), *lost[:NAMED], *more]) or None
     if section.source != "simulator" and (share := repeated_steps(parts["train"])) > OFTEN:
         note = "; ".join([*filter(None, [note]), INTERPOLATED.format(share=share, unit=section.unit)])
+    if section.source != "simulator" and (way := _way(splits["test"], section.walk_axis is not None)):
+        note = "; ".join([*filter(None, [note]), way])
     if section.train_samples is not None:
         train = splits["train"]
         if section.train_samples > len(train):
@@ -204,6 +217,17 @@ def prepare(section: DataSection) -> Data:
             )
         splits["train"] = train.select(np.arange(section.train_samples) * len(train) // section.train_samples)
     return Data(splits, info | {"note": note, "counts": counts})
+
+
+def _way(test: Split, turned: bool) -> str | None:
+    """What to do about the directions that people walk in, by the observed tracks alone; None where all is well."""
+    people = np.stack([test.arrays["scene"], test.arrays["agent"]])
+    degrees, kept = walking_axis(test.arrays["observed"])
+    if len(np.unique(people, axis=1).T) < ENOUGH or np.isnan(kept):
+        return None
+    if turned:
+        return None if kept >= KEEPS and abs(degrees) < 20 else ASTRAY.format(degrees=degrees, kept=kept)
+    return (ALONG if kept >= KEEPS else EVERY_WAY).format(degrees=degrees, kept=kept)
 
 
 def _turned(axes: Mapping[str, float], parts: Recordings) -> Recordings:

@@ -260,6 +260,23 @@ def repeated_steps(recordings: Sequence[Recording]) -> float:
     return float((change <= 0.01 * length)[walks].mean()) if walks.any() else float("nan")
 
 
+def walking_axis(tracks: Floats) -> tuple[float, float]:
+    """The axis that people walk along in ``tracks`` (N, T, 2), in degrees from x (-90 to 90), and how well they keep to
+    it, in [0, 1]; NaN where nobody walks.
+
+    The mean of their steps' directions, doubled so that up and down a street are one (Mardia and Jupp 2000, section
+    9.4), and its length. In the recordings of ETH/UCY that is .77 or more along streets, .27 and .48 on UNIV's campus.
+    Who takes less than half of the mean step does not walk.
+    """
+    steps = np.diff(tracks, axis=1).reshape(-1, 2)
+    length = np.linalg.norm(steps, axis=-1)
+    x, y = steps[length > length.mean() / 2].T if len(length) else np.zeros((2, 0))
+    if not len(x):
+        return float("nan"), float("nan")
+    mean = np.exp(2j * np.arctan2(y, x)).mean()
+    return float(np.rad2deg(np.angle(mean)) / 2), float(np.abs(mean))
+
+
 def _by_agent(recording: Recording) -> tuple[Integers, NDArray[np.bool_]]:
     """Rows agent by agent, by frame; and whether from each but the last to the next is a step of one agent."""
     order = np.lexsort((recording.frame, recording.agent))

@@ -241,9 +241,6 @@ def test_files_state_follows_the_files(tmp_path: Path) -> None:
     assert files_state(DataSection(source="sdd", path=str(tmp_path))) is not None
 
 
-# SDD
-
-
 def test_sdd_draws_val_by_track(tmp_path: Path) -> None:
     root = tmp_path / "trajectory" / "sdd"
     for name, agents in (("train/bookstore_0.txt", 12), ("train/gates_1.txt", 8), ("test/coupa_0.txt", 5)):
@@ -287,14 +284,15 @@ def test_people_without_a_window_are_told(tmp_path: Path) -> None:
 
 def test_recordings_are_turned_so_that_people_walk_along_x(tmp_path: Path) -> None:
     for part, name in product(("train", "val", "test"), ("along", "across")):
-        walk(tmp_path / part / f"{name}.txt", agents=2, steps=9)
+        walk(tmp_path / part / f"{name}.txt", agents=10, steps=9)
     before, after = own(tmp_path), own(tmp_path, walk_axis={"across": 90})
     for split in ("train", "test"):
         was, now = (data.splits[split].arrays for data in (before, after))
         across = was["scene"] == before.splits[split].meta["scenes"].index("across")
         assert np.array_equal(now["future"][~across], was["future"][~across])
         np.testing.assert_allclose(now["future"][across], was["future"][across][..., ::-1] * [1, -1], atol=1e-4)
-    assert "walk along x" in after.info["note"]
+    assert "keeps to an axis, 1° from x (0.98 of 1): data.walk_axis" in before.info["note"]
+    assert "wants them so; yet" in after.info["note"], "half of them now walk along y"
     with pytest.raises(DataError, match=r"acros_: expected a part .* did you mean 'across'"):
         own(tmp_path, walk_axis={"acros_": 90})
 
@@ -371,6 +369,7 @@ def test_eth_ucy_has_the_published_windows(data_root: Path, scene: Any) -> None:
     assert data.splits["test"].meta["scenes"] == list(download.ETH_UCY[scene])
     assert ("interpolation" in (data.info["note"] or "")) == (scene == "eth")
     assert "% of the steps in the training tracks repeat the one before" in data.info["note"]
+    assert f"keeps to {'no' if scene == 'univ' else 'an'} axis" in data.info["note"]
     two = prepare(DataSection(source="eth_ucy", scene=scene, path=str(data_root), least_agents=2))
     assert len(two.splits["test"]) == shared
 

@@ -15,6 +15,7 @@ from toolchain.tasks.tracks import (
     reach,
     read_tracks,
     repeated_steps,
+    walking_axis,
     window_rows,
 )
 
@@ -241,21 +242,25 @@ def test_constant_velocity_repeats_the_last_step() -> None:
     assert constant_velocity(observed, 3).dtype == np.float32
 
 
-def test_people_walk_in_every_direction_on_univ_and_along_one_axis_elsewhere(data_root: Path) -> None:
-    def entropy(scene: str, part: str = "test") -> float:
-        """Of the directions of who walks, in 36 bins; 1 is the most."""
-        steps = []
-        for path in (data_root / "trajectory" / "eth_ucy" / scene / part).glob("*.txt"):
-            recording = read_tracks(path)
-            order = np.lexsort((recording.frame, recording.agent))
-            step = np.diff(recording.xy[order], axis=0)[np.diff(recording.agent[order]) == 0]
-            length = np.linalg.norm(step, axis=1)
-            steps.append(step[length > length.mean() / 2])
-        x, y = np.concatenate(steps).T
-        share = np.histogram(np.arctan2(y, x), 36, (-np.pi, np.pi))[0] / len(x)
-        share = share[share > 0]
-        return float(-(share * np.log(share)).sum() / np.log(36))
+def test_the_axis_is_that_of_who_walks_up_or_down() -> None:
+    way = np.array([np.cos(np.pi / 6), np.sin(np.pi / 6)])
+    up = np.arange(9)[:, None] * way
+    stands = np.full((9, 2), 3.0) + np.random.default_rng(0).normal(0, 0.01, (9, 2))
+    assert walking_axis(np.stack([up, 4 - up, up, stands])) == pytest.approx((30, 1))
+    across = np.arange(9)[:, None] * np.array([-way[1], way[0]])
+    assert walking_axis(np.stack([up, -up, up, across]))[1] == pytest.approx(0.5)
+    assert np.isnan(walking_axis(np.zeros((2, 9, 2)))).all()
+    assert np.isnan(walking_axis(np.zeros((0, 9, 2)))).all()
 
-    found = [entropy(scene) for scene in ("univ", "eth", "hotel", "zara1", "zara2")]
-    assert found == pytest.approx([0.95, 0.69, 0.63, 0.69, 0.75], abs=0.005)
-    assert entropy("univ", "train") == pytest.approx(0.81, abs=0.005)
+
+def test_people_walk_in_every_direction_on_univ_and_along_one_axis_elsewhere(data_root: Path) -> None:
+    found = {}
+    for path in sorted((data_root / "trajectory" / "eth_ucy").glob("*/test/*.txt")):
+        recording = read_tracks(path)
+        order = np.lexsort((recording.frame, recording.agent))
+        pairs = np.stack([order[:-1], order[1:]], 1)[np.diff(recording.agent[order]) == 0]
+        found[path.stem] = walking_axis(recording.xy[pairs])
+    degrees, kept = zip(*found.values(), strict=True)
+    assert list(found) == ["biwi_eth", "biwi_hotel", "students001", "students003", "crowds_zara01", "crowds_zara02"]
+    assert kept == pytest.approx([0.88, 0.90, 0.27, 0.48, 0.85, 0.78], abs=0.01)
+    assert [round(found) for found in degrees] == [4, -89, -8, -7, -3, -3]
