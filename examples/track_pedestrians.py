@@ -214,7 +214,7 @@ def read(arguments: argparse.Namespace) -> Recording:
 
 def columns(text: str) -> tuple[str | int, ...]:
     found = tuple(int(name) if name.isdecimal() else name for name in text.split(","))
-    if len(set(found)) != len(COLUMNS):
+    if not len(set(found)) == len(found) == len(COLUMNS):
         raise argparse.ArgumentTypeError(f"expected four different ones, such as {','.join(COLUMNS)}, found {text}")
     return found
 
@@ -233,6 +233,13 @@ def metres(text: str) -> float:
     return value
 
 
+def degrees(text: str) -> float:
+    value = float(text)
+    if not np.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a number, found {text}")
+    return value
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Predict where everyone in view walks next.")
     parser.add_argument("folder", type=Path, help="an onnx or engine folder of a run of task trajectory")
@@ -246,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--metres-per-unit", type=metres, default=1.0, help="makes metres of x and y (default: 1)")
     parser.add_argument(
         "--walk-axis",
-        type=float,
+        type=degrees,
         default=0.0,
         metavar="DEGREES",
         help="for a model trained with data.walk_axis: the direction that people walk in, anticlockwise from x "

@@ -123,14 +123,15 @@ def nearest(candidates: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def diversity(candidates: Tensor, sigma: float) -> Tensor:
-    """Mean over pairs i < j of exp(-|E_i - E_j|^2 / sigma): 1 where all K of (B, K, D) coincide, 0 where far apart.
+    """Mean over pairs i < j of exp(-|E_i - E_j|^2 / sigma): 1 where all K of (B, K, D) coincide, 0 where far apart, and
+    where K is 1.
 
     ``sigma`` in the candidates' unit squared. PPT, arXiv 2407.11588, the second term of task II's loss.
     """
     count = candidates.shape[1]
     rows, columns = torch.triu_indices(count, count, 1, device=candidates.device)
     squared = (candidates[:, rows] - candidates[:, columns]).square().sum(-1)
-    spread: Tensor = torch.exp(-squared / sigma).mean()
+    spread: Tensor = torch.exp(-squared / sigma).sum() / max(1, squared.numel())
     return spread
 
 

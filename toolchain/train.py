@@ -145,7 +145,7 @@ class Run:
                 self.say(f"stage {folder.name}: an earlier result is of another config or start; training anew")
                 return False
             distiller.load_state_dict(checkpoint.load_tensors(folder / "model.safetensors"))
-            distiller.eval()
+            distiller.to(self.device).eval()
         except EdgestillError as error:
             self.say(f"stage {folder.name}: the earlier result cannot be used, training anew: {error}")
             return False

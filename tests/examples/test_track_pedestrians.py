@@ -180,7 +180,13 @@ def test_a_unit_is_above_0(example: ModuleType, value: str) -> None:
         example.main(["nowhere", f"--metres-per-unit={value}"])
 
 
-@pytest.mark.parametrize("value", ["frame,id,x", "0,1,1,2"])
+@pytest.mark.parametrize("value", ["nan", "inf", "east"])
+def test_an_axis_has_an_angle(example: ModuleType, value: str) -> None:
+    with pytest.raises(SystemExit):
+        example.main(["nowhere", f"--walk-axis={value}"])
+
+
+@pytest.mark.parametrize("value", ["frame,id,x", "0,1,1,2", "frame,id,x,y,y"])
 def test_columns_are_four(example: ModuleType, value: str) -> None:
     with pytest.raises(SystemExit):
         example.main(["nowhere", f"--columns={value}"])

@@ -102,6 +102,7 @@ def test_diversity_is_one_where_all_coincide_and_nothing_where_far_apart():
     assert losses.diversity(torch.randn(3, 1, 2).expand(-1, 20, -1), 1.0).item() == 1
     apart = torch.arange(20.0)[None, :, None] * torch.tensor([30.0, 40.0])
     assert losses.diversity(apart, 1.0).item() == 0
+    assert losses.diversity(torch.randn(3, 1, 2), 1.0).item() == 0
     pair = torch.tensor([[[0.0, 0.0], [1.0, 2.0]]])
     assert losses.diversity(pair, 10.0).item() == pytest.approx(math.exp(-0.5))
 

@@ -165,6 +165,13 @@ def test_random_numbers_do_not_depend_on_whether_a_stage_ran_or_was_loaded(tmp_p
     assert torch.equal(ran, torch.rand(3))
 
 
+def test_a_loaded_stage_is_on_the_device_that_it_was_trained_on(tmp_path, monkeypatch):
+    train(tiny_run(tmp_path))
+    monkeypatch.setattr(Run, "device", torch.device("meta"))
+    loaded = train(tiny_run(tmp_path), score=False)[1]
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"meta"}
+
+
 def test_nothing_to_train_is_an_error(tmp_path):
     frozen = student().requires_grad_(False)
     run = tiny_run(tmp_path)

@@ -19,6 +19,15 @@ from toolchain.section import Section
 from toolchain.tasks import Arrays, Data, Split
 from toolchain.tasks.datasets import DataError, data_root
 from toolchain.tasks.simulator import simulate
+from toolchain.tasks.track_notes import (
+    ETH_STEPS,
+    INTERPOLATED,
+    OFTEN,
+    TEST_VALIDATION,
+    TRAINED_VALIDATION,
+    TURNED,
+    way_note,
+)
 from toolchain.tasks.tracks import (
     COLUMNS,
     Integers,
@@ -29,7 +38,6 @@ from toolchain.tasks.tracks import (
     read_tracks,
     repeated_steps,
     turned,
-    walking_axis,
     window_rows,
 )
 
@@ -52,37 +60,6 @@ FIXED: dict[str, dict[str, Any]] = {
     "eth_ucy": {"unit": "m", "frame_step": 10, "seconds_per_step": 0.4},
     "sdd": {"seconds_per_step": 0.4},
 }
-ETH_STEPS = (
-    "the ETH recording biwi_eth is a 10-frame interpolation of 6-frame annotations, as in the literature: people move "
-    "about twice as far a step as in every other scene (data.paces [1, 1.6667] trains for such steps), and results on "
-    "the 6-frame file do not compare"
-)
-INTERPOLATED = (
-    "{share:.0%} of the steps in the training tracks repeat the one before, as where positions were interpolated: a "
-    "network may rely on that, and positions that a camera finds are noisy. To train for those, ppt and ppt_student "
-    "have method.jitter, the standard deviation of the noisiest, in {unit}"
-)
-OFTEN = 0.2  # of the steps
-TEST_VALIDATION = (
-    "the held-out scene is the validation split too, as in PPT's official code, and the validation windows train: what "
-    "is selected by it flatters, and serves only to compare with published figures"
-)
-TRAINED_VALIDATION = (
-    "the validation windows train too: scores on the validation split are of windows that trained, and say nothing of "
-    "others"
-)
-
-TURNED = "tracks are turned so that people walk along x (data.walk_axis), and the graph wants them so"
-ALONG = (
-    "who walks in the test windows keeps to an axis, {degrees:.0f}° from x ({kept:.2f} of 1): data.walk_axis turns "
-    "recordings so that it is x in all, so that a network learns to expect it"
-)
-ASTRAY = "yet in the test windows people's axis is {degrees:.0f}° from x, and they keep to it by {kept:.2f} of 1"
-EVERY_WAY = (
-    "who walks in the test windows keeps to no axis ({kept:.2f} of 1): method.rotate trains on windows at any angle"
-)
-KEEPS = 0.6  # to an axis, see walking_axis
-ENOUGH = 20  # people, to tell how people walk
 NAMED = 3  # recordings that are told by name
 ONE_PACE = (1.0,)
 
@@ -110,11 +87,14 @@ class DataSection(Section):
     Frame ids are ``frame_step`` apart (sdd: 12) for ``seconds_per_step``. ``columns``: names or numbers (from 0) of
     frame, id, x and y. ``metres_per_unit`` makes metres of the files' unit. ``val_fraction`` and ``test_fraction``:
     what is cut from the end of every recording where a source has no such split (sdd: tracks drawn from ``seed``).
-    ``paces``: training windows are cut at each of these multiples of the time step, positions interpolated, for cameras
-    that are slower or faster.
+    ``paces``: training windows are cut at each of these multiples of the time step, for cameras that are slower or
+    faster. Positions are interpolated but for the last observed one, so that no observed one knows of later ones; with
+    ``resampled`` it is the window's first that is not, for a camera whose tracks were interpolated to its frames
+    themselves, as those of ETH's recording were.
     ``walk_axis``: people walk along one axis, up and down a street. Every recording is turned so that it is x; by how
-    many degrees from x it was, anticlockwise, is given for each recording (a part of its name) where it is not 0. The
-    augmentation then keeps the axis (see ``trajectory_batches.versions``), and what is exported wants tracks so turned.
+    many degrees from x it was, anticlockwise, is given for each recording where it is not 0, by a part of its name (of
+    several the longest). The augmentation then keeps the axis (see ``trajectory_batches.versions``), and what is
+    exported wants tracks so turned.
     ``train_samples``: use that many training windows, evenly spread. ``recordings`` of ``seconds`` each are simulated
     from ``seed``.
     """
@@ -124,7 +104,7 @@ class DataSection(Section):
     validation: Annotated[Literal["split", "train", "test"], Field(exclude_if=lambda value: value == "split")] = "split"
     path: str | None = None
     observe: Annotated[int, Field(ge=2)] = 8
-    predict: Positive = 12
+    predict: Annotated[int, Field(ge=2)] = 12
     stride: Positive = 1
     least_agents: Annotated[int, Field(ge=1, le=2)] = 1
     frame_step: Positive = 10
@@ -135,12 +115,22 @@ class DataSection(Section):
     val_fraction: Share = 0.1
     test_fraction: Share = 0.2
     paces: Annotated[tuple[Pace, ...], Field(min_length=1, exclude_if=lambda value: value == ONE_PACE)] = ONE_PACE
+    resampled: Annotated[bool, Field(exclude_if=lambda value: not value)] = False
     walk_axis: Annotated[dict[str, Degrees] | None, Field(exclude_if=lambda value: value is None)] = None
     train_samples: Positive | None = None
     download: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     recordings: Positive = 8
     seconds: Annotated[float, Field(ge=60, le=3600)] = 160.0
+
+    @property
+    def now(self) -> int:
+        """Of a window's positions, the one that is never interpolated, see ``paces``."""
+        return 0 if self.resampled else self.observe - 1
+
+    def reach(self, pace: float) -> int:
+        """How many positions of a track lie under a window at ``pace``."""
+        return reach(self.observe + self.predict, pace, self.now)
 
     @model_validator(mode="before")
     @classmethod
@@ -176,6 +166,8 @@ class DataSection(Section):
             raise ValueError(f"columns: expected four different ones (frame, id, x, y), found {list(self.columns)}")
         if len(set(self.paces)) < len(self.paces):
             raise ValueError(f"paces: expected different ones, found {list(self.paces)}; remove what stands twice")
+        if self.resampled and self.paces == ONE_PACE:
+            raise ValueError("resampled: expected paces to train for beside it, found none; add paces, or remove it")
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError("val_fraction + test_fraction leave nothing for training; lower them")
         return self
@@ -206,7 +198,7 @@ def prepare(section: DataSection) -> Data:
         note = "; ".join([*filter(None, [note]), *lost[:NAMED], *more]) or None
     if section.source != "simulator" and (share := repeated_steps(parts["train"])) > OFTEN:
         note = "; ".join([*filter(None, [note]), INTERPOLATED.format(share=share, unit=section.unit)])
-    if section.source != "simulator" and (way := _way(splits["test"], section.walk_axis is not None)):
+    if section.source != "simulator" and (way := way_note(splits["test"], section.walk_axis is not None)):
         note = "; ".join([*filter(None, [note]), way])
     if section.train_samples is not None:
         train = splits["train"]
@@ -219,17 +211,6 @@ def prepare(section: DataSection) -> Data:
     return Data(splits, info | {"note": note, "counts": counts})
 
 
-def _way(test: Split, turned: bool) -> str | None:
-    """What to do about the directions that people walk in, by the observed tracks alone; None where all is well."""
-    people = np.stack([test.arrays["scene"], test.arrays["agent"]])
-    degrees, kept = walking_axis(test.arrays["observed"])
-    if len(np.unique(people, axis=1).T) < ENOUGH or np.isnan(kept):
-        return None
-    if turned:
-        return None if kept >= KEEPS and abs(degrees) < 20 else ASTRAY.format(degrees=degrees, kept=kept)
-    return (ALONG if kept >= KEEPS else EVERY_WAY).format(degrees=degrees, kept=kept)
-
-
 def _turned(axes: Mapping[str, float], parts: Recordings) -> Recordings:
     """Every recording whose name holds one of ``axes`` turned back by so many degrees."""
     recordings = [recording for part in parts.values() for recording in part]
@@ -239,7 +220,8 @@ def _turned(axes: Mapping[str, float], parts: Recordings) -> Recordings:
             raise DataError(f"data.walk_axis: {name}: expected a part of a recording's name, {allowed(name, known)}")
 
     def back(recording: Recording) -> Recording:
-        return turned(recording, sum(degrees for name, degrees in axes.items() if name in recording.name))
+        named = max((name for name in axes if name in recording.name), key=len, default=None)
+        return recording if named is None else turned(recording, axes[named])
 
     return {part: list(map(back, found)) for part, found in parts.items()}
 
@@ -250,7 +232,7 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
     paces = section.paces if name == "train" else ONE_PACE
     cuts: list[tuple[int, float, Integers]] = []
     for pace in paces:
-        found = [window_rows(r, reach(length, pace), section.stride, section.least_agents) for r in recordings]
+        found = [window_rows(r, section.reach(pace), section.stride, section.least_agents) for r in recordings]
         if not any(map(len, found)):
             raise DataError(_nothing(section, name, recordings, pace))
         cuts += [(k, pace, index) for k, index in enumerate(found)]
@@ -267,7 +249,8 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
     used = [(len(np.unique(r.agent[index])), len(np.unique(index))) for r, index in zip(recordings, rows, strict=True)]
     counts["agents_without_window"] = counts["agents"] - sum(agents for agents, _ in used)
     counts["rows_without_window"] = counts["rows"] - sum(points for _, points in used)
-    xy = np.concatenate([at_pace(recordings[k].xy[index], length, pace) for k, pace, index in cuts]).astype(np.float32)
+    tracks = [at_pace(recordings[k].xy[index], length, pace, section.now) for k, pace, index in cuts]
+    xy = np.concatenate(tracks).astype(np.float32)
     first = [(k, index[:, 0]) for k, _, index in cuts]
     arrays: Arrays = {
         "observed": xy[:, : section.observe],
@@ -277,7 +260,7 @@ def _cut(section: DataSection, name: str, recordings: Sequence[Recording]) -> tu
         "frame": np.concatenate([recordings[k].frame[index] for k, index in first]),
     }
     meta = {"unit": section.unit, "seconds_per_step": section.seconds_per_step}
-    steps = reach(length, min(paces))
+    steps = section.reach(min(paces))
     lost = [why for r, index in zip(recordings, rows, strict=True) if (why := _lost(section, name, r, index, steps))]
     return Split(arrays, ("observed",), {"scenes": [r.name for r in recordings], **meta}), counts, lost
 
@@ -292,7 +275,7 @@ def _nothing(section: DataSection, part: str, recordings: Sequence[Recording], p
     steps = math.gcd(*(int(np.gcd.reduce(np.diff(np.unique(r.frame)))) for r in recordings if len(r) > 1))
     wider = f" (it is {steps} or a fraction of it)" if steps > section.frame_step else ""
     return (
-        f"{section.source}, split {part}: expected a window of {reach(section.observe + section.predict, pace)} steps "
+        f"{section.source}, split {part}: expected a window of {section.reach(pace)} steps "
         f"({asked}){rule}, found none in {', '.join(r.name for r in recordings)}: the longest track without a gap has "
         f"{longest} at {section.frame_step} frame ids a step; check data.frame_step{wider}, lower {lower}, {share}or "
         "give longer recordings"

@@ -19,7 +19,7 @@ Integers = NDArray[np.int64]
 
 COLUMNS = ("frame", "id", "x", "y")
 _EXACT = 2**53  # the integers that a float64 holds
-ROUNDED = 0.01  # of a mean step, that float32 may round the farthest coordinate by
+ROUNDED = 0.001  # of a mean step, that float32 may round the farthest coordinate by
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _check_rounding(path: Path, lines: Sequence[int], places: Floats, recording:
     if not np.isfinite(rounded) or (mean and rounded > ROUNDED * mean):
         line = lines[int(np.abs(places).max(1).argmax())]
         raise DataError(
-            f"{path}:{line}: expected coordinates near 0, of which float32 keeps a hundredth of a step ({mean:.3g}), "
+            f"{path}:{line}: expected coordinates near 0, of which float32 keeps a thousandth of a step ({mean:.3g}), "
             f"found {most:.7g}; subtract an origin from every position, or check data.columns"
         )
 
@@ -225,19 +225,27 @@ def rotations(angles: Floats) -> Floats:
     return found
 
 
-def reach(steps: int, pace: float) -> int:
-    """How many positions of a track lie under ``steps`` that are ``pace`` time steps apart."""
-    return math.ceil(round((steps - 1) * pace, 6)) + 1
+def reach(steps: int, pace: float, now: int = 0) -> int:
+    """How many positions of a track lie under ``steps`` that are ``pace`` time steps apart, see ``at_pace``."""
+    return math.ceil(round(float(_times(steps, pace, now)[-1]), 6)) + 1
 
 
-def at_pace(xy: Floats, steps: int, pace: float) -> Floats:
-    """Positions ``pace`` time steps apart, linearly interpolated: (N, reach(steps, pace), 2) to (N, steps, 2)."""
-    time = np.arange(steps) * pace
+def at_pace(xy: Floats, steps: int, pace: float, now: int = 0) -> Floats:
+    """Positions ``pace`` time steps apart, linearly interpolated: (N, reach(steps, pace, now), 2) to (N, steps, 2).
+
+    Position ``now`` is one of ``xy``: those before it are made of what was seen until then.
+    """
+    time = _times(steps, pace, now)
     before = time.astype(np.int64)
     after = np.minimum(before + 1, xy.shape[1] - 1)
     share = (time - before)[:, None]
     found: Floats = xy[:, before] * (1 - share) + xy[:, after] * share
     return found
+
+
+def _times(steps: int, pace: float, now: int) -> Floats:
+    times: Floats = np.arange(steps, dtype=np.float64) * pace + math.ceil(round(now * pace, 6)) - now * pace
+    return times
 
 
 def longest_run(recording: Recording) -> int:

@@ -106,7 +106,8 @@ def _published() -> StudentSection:
 
 class TeacherSection(Section):
     """A PPT that teaches: ``student`` is its network, ``method`` and ``train`` its training on the same data. Keys that
-    are not given are as published, but for the epochs, which are fewer.
+    are not given are as published, but for the epochs, which are fewer; those of a network that is given are a
+    student's.
 
     ``folder``: the student artifact of a finished run of ``method: ppt``, on the same data and with the same network,
     instead of a training. ``ensemble``: more such artifacts, of any PPT with as many hypotheses and the same scale; the
@@ -171,18 +172,27 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
         faults.append(
             (("method",), f"{name} is for pictures; for trajectories choose {' or '.join(sorted(TRAJECTORY))}")
         )
-    if config.data.validation == "train" and config.train.select != "last":
-        message = "expected train.select last, found best, which would select by windows that trained; remove that key"
-        faults.append((("data", "validation"), message))
-    if config.data.validation == "test" and config.train.select != "best":
-        message = f"expected train.select best, found {config.train.select}: nothing would be selected; remove the key"
-        faults.append((("data", "validation"), message))
-    if config.data.walk_axis is not None and (getattr(method, "rotate", False) or (teacher and teacher.rotate)):
-        message = "keeps the axis that people walk along, and rotate turns windows by any angle; remove one of them"
-        faults.append((("data", "walk_axis"), message))
-    if config.data.predict < 2 and "ppt" in (student.model, teacher and teacher.student.model):
-        message = "expected at least 2 steps for a PPT, which fills the way to a destination, found 1; raise it"
-        faults.append((("data", "predict"), message))
+    trainings = {"": (method, config.train)}
+    if teacher is not None and teacher.folder is None:
+        train = teacher.train or TrainSection.model_validate(PUBLISHED)
+        trainings["teacher."] = (teacher.method or PPT.model_validate({"name": "ppt"}), train)
+    for whose, (trained, train) in trainings.items():
+        select = f"{whose}train.select"
+        if config.data.validation == "train" and train.select != "last":
+            message = f"expected {select} last, found best, which would select by windows that trained; remove that key"
+            faults.append((("data", "validation"), message))
+        if config.data.validation == "test" and train.select != "best":
+            message = f"expected {select} best, found {train.select}: nothing would be selected; remove the key"
+            faults.append((("data", "validation"), message))
+        if config.data.walk_axis is not None and getattr(trained, "rotate", False):
+            message = f"keeps the axis that people walk along, and {whose}method.rotate turns windows by any angle"
+            faults.append((("data", "walk_axis"), f"{message}; remove one of them"))
+    if config.data.walk_axis is not None and teacher and teacher.rotate:
+        message = "keeps the axis that people walk along, and teacher.rotate turns windows by any angle"
+        faults.append((("data", "walk_axis"), f"{message}; remove one of them"))
+    if teacher and teacher.rotate and teacher.folder is None and not (teacher.method and teacher.method.rotate):
+        message = "asks a PPT for windows at any angle, which it trains for with teacher.method.rotate; set it too"
+        faults.append((("teacher", "rotate"), message))
     if name == "ppt" and student.model != "ppt":
         faults.append((("student", "model"), f"method ppt trains the network ppt, found {student.model}"))
     if name == "ppt" and method.winners > student.hypotheses:

@@ -54,7 +54,8 @@ def teach(job: Job) -> None:
         log, stages = _log(Path(section.folder)), manifest.extra.get("stages", [])
     else:
         config = {key: job.config[key] for key in ("seed", "task", "data")}
-        inner = section.model_dump(mode="json", include={"student", "method", "train"}, exclude_none=True)
+        given = section.model_dump(mode="json", include={"student", "method", "train"})
+        inner = {key: value for key, value in given.items() if value is not None}
         cfg = validate({"name": "teacher", "method": "ppt", "train": trajectory.PUBLISHED} | config | inner)
         trained = train_student(cfg, data, {"data": job.inputs["data"]}, job.work)
         net, val, log, stages = trained.student, trained.val, read_metrics(trained.run), trained.run.records
@@ -93,7 +94,10 @@ def check_finished(
     manifest = None
     if section.folder is not None:
         manifest = _finished("folder", Path(section.folder), config, data)
-        ours, theirs = (net.model_dump() for net in (section.student, trajectory.network_of(manifest.config)))
+        ours, theirs = (
+            net.model_dump(exclude={"max_parameters"}) | {"scale": net.scale_of(unit)}
+            for net in (section.student, trajectory.network_of(manifest.config))
+        )
         if differing := [f"{key} {theirs[key]}, not {ours[key]}" for key in ours if ours[key] != theirs[key]]:
             raise TeacherError(
                 f"teacher.folder {section.folder}: another network than teacher.student says: it has "
@@ -113,7 +117,7 @@ def _finished(key: str, folder: Path, config: Mapping[str, Any], data: Path | No
     if found != "ppt":
         raise TeacherError(f"teacher.{key} {folder}: expected a student of method ppt, found {found or manifest.stage}")
     ours, theirs = config["data"], manifest.config["data"]
-    differing = sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key))
+    differing = sorted(key for key in {*ours, *theirs} - {"download"} if ours.get(key) != theirs.get(key))
     if (
         not differing
         and data

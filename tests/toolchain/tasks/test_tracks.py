@@ -83,7 +83,7 @@ BROKEN = {
     "far away": (
         "0 1 500000 5400000\n10 1 500000.5 5400001\n20 1 500001 5400002\n",
         3,
-        r"expected coordinates near 0, .* a hundredth of a step \(1\.12\), found 5400002; subtract an origin",
+        r"expected coordinates near 0, .* a thousandth of a step \(1\.12\), found 5400002; subtract an origin",
     ),
     "too large for float32": ("0 1 0 0\n10 1 1e300 0\n", 2, r"found 1e\+300; subtract an origin"),
     "text": (GOOD + "20 1 a 0\n", 3, r"expected a number for x, found 'a'; mend the line"),
@@ -217,6 +217,21 @@ def test_positions_at_another_pace_lie_on_the_track(pace: float, positions: int)
     np.testing.assert_allclose(found, np.moveaxis(np.array(expected), 1, 2), atol=1e-12)
     if pace == 1:
         assert np.array_equal(found, xy)
+
+
+@pytest.mark.parametrize(("pace", "positions"), [(1.0, 5), (0.5, 3), (5 / 3, 9), (2.0, 9), (0.25, 3), (0.8, 5)])
+def test_what_was_observed_knows_of_nothing_later(pace: float, positions: int) -> None:
+    assert reach(5, pace, now=2) == positions
+    xy = np.random.default_rng(0).normal(size=(3, positions, 2)).cumsum(1)
+    found, at = at_pace(xy, 5, pace, now=2), int(np.ceil(2 * pace))
+    assert np.array_equal(found[:, 2], xy[:, at])
+    changed = xy.copy()
+    changed[:, at + 1 :] += 7
+    later = at_pace(changed, 5, pace, now=2)
+    assert np.array_equal(later[:, :3], found[:, :3])
+    assert not np.isclose(later[:, 3:], found[:, 3:]).any()
+    time = np.arange(5) * pace + at - 2 * pace
+    np.testing.assert_allclose(found[0, :, 0], np.interp(time, np.arange(positions), xy[0, :, 0]), atol=1e-12)
 
 
 def test_steps_repeat_where_positions_were_interpolated() -> None:

@@ -96,7 +96,8 @@ def test_predictions_are_what_the_teacher_says_live_for_the_version_that_is_show
     root: Path, tmp_path: Path, keys: dict[str, Any], data: dict[str, Any], count: int
 ) -> None:
     inputs = {name: root / name for name in ("data", "teacher")}
-    cfg = config({"name": "ppt_student"}, teacher=TEACHER | keys, **data)
+    turns = {"method": TEACHER["method"] | {"rotate": True}} if "rotate" in keys else {}
+    cfg = config({"name": "ppt_student"}, teacher=TEACHER | keys | turns, **data)
     own = cfg.section("seed", "task", "data", "teacher")
     trajectory.predictions(Job("predictions", tmp_path / "predictions", own, inputs))
     inputs["predictions"] = tmp_path / "predictions"
@@ -196,6 +197,32 @@ def test_a_folder_that_cannot_teach_here_is_refused(
     cfg = config({"name": "ppt_student"}, teacher={"folder": str(folder), "student": network})
     with pytest.raises(TeacherError, match=re.escape(message)):
         trajectory.dry_run(cfg, load_data(tmp_path / "data"))
+
+
+def test_what_changes_neither_data_nor_network_is_no_difference(other: Path, tmp_path: Path) -> None:
+    write_data(tmp_path / "data")
+    network = TEACHER["student"] | {"scale": 30.0, "max_parameters": 10**6}
+    chosen = sections(folder=str(other / "student"), student=network)
+    chosen["data"] = chosen["data"] | {"download": True}
+    trajectory.teacher(Job("teacher", tmp_path / "teacher", chosen, {"data": tmp_path / "data"}))
+    assert artifact.verify(tmp_path / "teacher").extra["sources"]
+
+
+def test_a_teachers_null_is_not_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from toolchain import distill
+
+    write_data(tmp_path / "data")
+    seen: list[Any] = []
+
+    def stop(cfg: Any, *rest: Any) -> None:
+        seen.append(cfg.train.clip)
+        raise TeacherError("enough")
+
+    monkeypatch.setattr(distill, "train_student", stop)
+    for clip in (None, 0.5):
+        with pytest.raises(TeacherError, match="enough"):
+            made_of(tmp_path, **TEACHER | {"train": TEACHER["train"] | {"clip": clip}})
+    assert seen == [None, 0.5]
 
 
 def test_a_teacher_of_files_that_have_changed_is_refused(other: Path, tmp_path: Path) -> None:
