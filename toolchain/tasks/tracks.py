@@ -19,7 +19,7 @@ Integers = NDArray[np.int64]
 
 COLUMNS = ("frame", "id", "x", "y")
 _EXACT = 2**53  # the integers that a float64 holds
-ROUNDED = 0.001  # of a mean step, that float32 may round the farthest coordinate by
+ROUNDED = 0.002  # of a mean step, that float32 may round the farthest coordinate by
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _check_rounding(path: Path, lines: Sequence[int], places: Floats, recording:
     if not np.isfinite(rounded) or (mean and rounded > ROUNDED * mean):
         line = lines[int(np.abs(places).max(1).argmax())]
         raise DataError(
-            f"{path}:{line}: expected coordinates near 0, of which float32 keeps a thousandth of a step ({mean:.3g}), "
+            f"{path}:{line}: expected coordinates near 0, of which float32 keeps a 500th of a step ({mean:.3g}), "
             f"found {most:.7g}; subtract an origin from every position, or check data.columns"
         )
 

@@ -83,7 +83,7 @@ BROKEN = {
     "far away": (
         "0 1 500000 5400000\n10 1 500000.5 5400001\n20 1 500001 5400002\n",
         3,
-        r"expected coordinates near 0, .* a thousandth of a step \(1\.12\), found 5400002; subtract an origin",
+        r"expected coordinates near 0, .* a 500th of a step \(1\.12\), found 5400002; subtract an origin",
     ),
     "too large for float32": ("0 1 0 0\n10 1 1e300 0\n", 2, r"found 1e\+300; subtract an origin"),
     "text": (GOOD + "20 1 a 0\n", 3, r"expected a number for x, found 'a'; mend the line"),
