@@ -44,7 +44,7 @@ def way_note(test: Split, turned: bool) -> str | None:
     """What to do about the directions that people walk in, by the observed tracks alone; None where all is well."""
     people = np.stack([test.arrays["scene"], test.arrays["agent"]])
     degrees, kept = walking_axis(test.arrays["observed"])
-    if len(np.unique(people, axis=1).T) < ENOUGH or np.isnan(kept):
+    if np.unique(people, axis=1).shape[1] < ENOUGH or np.isnan(kept):
         return None
     if turned:
         return None if kept >= KEEPS and abs(degrees) < 20 else ASTRAY.format(degrees=degrees, kept=kept)

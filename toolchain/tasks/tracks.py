@@ -263,7 +263,7 @@ def repeated_steps(recordings: Sequence[Recording]) -> float:
     """
     steps = np.concatenate([_pairs(recording) for recording in recordings])
     length = np.linalg.norm(steps[:, 1], axis=-1)
-    walks = length > length.mean() / 2 if len(length) else np.zeros(0, np.bool_)
+    walks = _walks(length)
     change = np.linalg.norm(steps[:, 1] - steps[:, 0], axis=-1)
     return float((change <= 0.01 * length)[walks].mean()) if walks.any() else float("nan")
 
@@ -274,15 +274,19 @@ def walking_axis(tracks: Floats) -> tuple[float, float]:
 
     The mean of their steps' directions, doubled so that up and down a street are one (Mardia and Jupp 2000, section
     9.4), and its length. In the recordings of ETH/UCY that is .77 or more along streets, .27 and .48 on UNIV's campus.
-    Who takes less than half of the mean step does not walk.
     """
     steps = np.diff(tracks, axis=1).reshape(-1, 2)
     length = np.linalg.norm(steps, axis=-1)
-    x, y = steps[length > length.mean() / 2].T if len(length) else np.zeros((2, 0))
+    x, y = steps[_walks(length)].T
     if not len(x):
         return float("nan"), float("nan")
     mean = np.exp(2j * np.arctan2(y, x)).mean()
     return float(np.rad2deg(np.angle(mean)) / 2), float(np.abs(mean))
+
+
+def _walks(length: Floats) -> NDArray[np.bool_]:
+    """Of which steps one walks: who takes less than half of the mean step does not."""
+    return length > length.mean() / 2 if len(length) else np.zeros(0, np.bool_)
 
 
 def _by_agent(recording: Recording) -> tuple[Integers, NDArray[np.bool_]]:

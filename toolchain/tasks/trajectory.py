@@ -174,9 +174,8 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
         )
     trainings = {"": (method, config.train)}
     if teacher is not None and teacher.folder is None:
-        train = teacher.train or TrainSection.model_validate(PUBLISHED)
-        trainings["teacher."] = (teacher.method or PPT.model_validate({"name": "ppt"}), train)
-    for whose, (trained, train) in trainings.items():
+        trainings["teacher."] = (teacher.method, teacher.train or TrainSection.model_validate(PUBLISHED))
+    for whose, (_, train) in trainings.items():
         select = f"{whose}train.select"
         if config.data.validation == "train" and train.select != "last":
             message = f"expected {select} last, found best, which would select by windows that trained; remove that key"
@@ -184,13 +183,12 @@ def check(config: Any) -> list[tuple[tuple[Any, ...], str]]:
         if config.data.validation == "test" and train.select != "best":
             message = f"expected {select} best, found {train.select}: nothing would be selected; remove the key"
             faults.append((("data", "validation"), message))
-        if config.data.walk_axis is not None and getattr(trained, "rotate", False):
-            message = f"keeps the axis that people walk along, and {whose}method.rotate turns windows by any angle"
-            faults.append((("data", "walk_axis"), f"{message}; remove one of them"))
-    if config.data.walk_axis is not None and teacher and teacher.rotate:
-        message = "keeps the axis that people walk along, and teacher.rotate turns windows by any angle"
+    rotates = [f"{whose}method.rotate" for whose, (how, _) in trainings.items() if getattr(how, "rotate", False)]
+    asked = teacher is not None and teacher.rotate
+    if config.data.walk_axis is not None and (turning := rotates + ["teacher.rotate"] * asked):
+        message = f"keeps the axis that people walk along, and {turning[0]} turns windows by any angle"
         faults.append((("data", "walk_axis"), f"{message}; remove one of them"))
-    if teacher and teacher.rotate and teacher.folder is None and not (teacher.method and teacher.method.rotate):
+    if asked and teacher.folder is None and "teacher.method.rotate" not in rotates:
         message = "asks a PPT for windows at any angle, which it trains for with teacher.method.rotate; set it too"
         faults.append((("teacher", "rotate"), message))
     if name == "ppt" and student.model != "ppt":
